@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check bench clean
+.DEFAULT_GOAL := test
+
+# torch first and pinned, so that nothing else pulls a build with GPU libraries onto a machine without one.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+install: .venv/installed
+
+demo: install
+	$(BIN)/codiemb demo --out runs/demo
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu" --durations 5
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations 5
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/check_million.py
+
+clean:
+	rm -rf .venv

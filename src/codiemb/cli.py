@@ -1,0 +1,124 @@
+"""The command line: thin verbes over the library. Heavy imports happen inside them, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from codiemb.errors import CodiembError
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    ours = logging.getLogger("codiemb")
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    ours.propagate = False
+    if not ours.handlers:
+        ours.addHandler(logging.StreamHandler(sys.stdout))
+    run: Callable[[argparse.Namespace], None] = parsed.run
+    try:
+        run(parsed)
+    except CodiembError as error:
+        if parsed.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from codiemb.demo import CONFIG
+
+    arguments.config, arguments.overrides = CONFIG, [f"output_dir={arguments.out}"]
+    arguments.resume, arguments.overwrite = False, True
+    train(arguments)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    from codiemb.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    _quiet_libraries()
+    from codiemb.training.run import prepare
+
+    print(prepare(config).report.text())
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from codiemb.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    _quiet_libraries()
+    from codiemb.training import run
+
+    result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{run.results_table(result)}\n" if result.suite else "")
+        print(f"model {result.model}")
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from codiemb.config import load_suite
+
+    suite = load_suite(arguments.suite, arguments.data_root)
+    _quiet_libraries()
+    from codiemb.encoder.model import locate, open_model
+    from codiemb.evaluation.suite import evaluate_suite
+
+    for model in arguments.models:
+        name = Path(model.removeprefix("bundled:")).resolve().name
+        print(f"model {model}")
+        evaluate_suite(open_model(locate(model)), suite, Path(arguments.out) / name)
+    print(f"results in {arguments.out}")
+
+
+def _quiet_libraries() -> None:
+    """The libraries' own notes and bars (weights loaded, advice on defaults) are not part of our output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="codiemb", description="Fine-tune one text-embedding model for retrieval and similarity, and prove it."
+    )
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def verb(run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(run.__name__, help=help, description=help)
+        added.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        added.set_defaults(run=run)
+        return added
+
+    shown = verb(demo, "check, train and evaluate on the shipped data with the bundled encoder (minutes, no network)")
+    shown.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+
+    for run, help in (
+        (check, "resolve a config, read its data and print the plan; trains nothing"),
+        (train, "train as configured, evaluate before and after"),
+    ):
+        added = verb(run, help)
+        added.add_argument("config", metavar="CONFIG", help="a YAML file")
+        added.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    added.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    added.add_argument("--overwrite", action="store_true", help="remove an earlier run in output_dir first")
+
+    evaluated = verb(evaluate, "score models on a suite of data sets")
+    evaluated.add_argument("models", nargs="+", metavar="MODEL", help="a folder, a hub id, or bundled:NAME")
+    evaluated.add_argument("--suite", required=True, metavar="SUITE", help="a YAML list of data sets")
+    evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
+    evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
+    return parser

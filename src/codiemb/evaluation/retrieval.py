@@ -1,0 +1,96 @@
+"""Retrieval: exact search in blocks, and trec_eval's measures through pytrec_eval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytrec_eval
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from codiemb.config import Source
+from codiemb.data.beir import Qrels, present, read_corpus, read_qrels, read_queries
+from codiemb.data.readers import beir_files, beir_qrels, is_beir
+from codiemb.data.store import load_records
+
+RETRIEVED = 1000  # documents kept of each ranking, as trec_eval and mteb do
+METRICS = ("ndcg_at_10", "mrr_at_10", "map", "recall_at_100")
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What a retrieval data set is evaluated on; texts by id."""
+
+    documents: dict[str, str]
+    queries: dict[str, str]
+    instructions: dict[str, str]
+    qrels: Qrels
+    left_out: dict[str, int]
+
+
+def load_collection(source: Source) -> Collection:
+    """A BEIR folder, or records of any other format, whose corpus is then every text they list.
+
+    Raises:
+        DataError: as the readers; or nothing relevant is left.
+    """
+    if is_beir(Path(source.path)):
+        corpus, queries_file = beir_files(Path(source.path))
+        file = beir_qrels(source)
+        qrels = read_qrels(file)
+        documents = dict(read_corpus(corpus))
+        rows = [row for row in read_queries(queries_file) if row[0] in qrels]
+        qrels, absent = present(qrels, {key for key, _, _ in rows}, set(documents), f"file {file}")
+        qrels = {query: gains for query, gains in qrels.items() if any(gain > 0 for gain in gains.values())}
+        queries = {key: text for key, text, _ in rows if key in qrels}
+        instructions = {key: instruction for key, _, instruction in rows if key in qrels and instruction}
+        return Collection(documents, queries, instructions, qrels, dict(absent))
+    records = load_records(source)
+    documents, queries, instructions, qrels = {}, {}, {}, {}
+    for place, row in enumerate(records.table):
+        key = f"q{place}"
+        queries[key] = row["query"]
+        if row["instruction"]:
+            instructions[key] = row["instruction"]
+        graded = row["positive_scores"] and all(gain >= 1 and gain == int(gain) for gain in row["positive_scores"])
+        gains = row["positive_scores"] if graded else [1.0] * len(row["positives"])  # else they are a teacher's scores
+        qrels[key] = {str(number): gain for number, gain in zip(row["positive_ids"], gains, strict=True)}
+        for number, text in zip(
+            row["positive_ids"] + row["negative_ids"], row["positives"] + row["negatives"], strict=True
+        ):
+            documents[str(number)] = text
+    return Collection(documents, queries, instructions, qrels, records.dropped)
+
+
+def search(
+    queries: Float[Tensor, "query dim"], documents: Float[Tensor, "document dim"], k: int, block: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` documents of highest dot product for each query: scores and places, [query, k], best first."""
+    scores, places = [], []
+    for part in queries.split(block):
+        best = (part @ documents.T).topk(min(k, len(documents)), dim=1)
+        scores.append(best.values.float().cpu().numpy())
+        places.append(best.indices.cpu().numpy())
+    return np.concatenate(scores), np.concatenate(places)
+
+
+def score(run: dict[str, dict[str, float]], qrels: Qrels) -> dict[str, dict[str, float]]:
+    """Measures by query id, as fractions.
+
+    Gains are graded (nDCG with gain as given); a document counts as relevant for MRR, MAP and recall from gain 1 on.
+    Equal scores are ordered by document id, as trec_eval does; MRR@10 looks at the first ten in that order.
+    """
+    whole = {query: {doc: int(gain) for doc, gain in gains.items()} for query, gains in qrels.items()}
+    measured = pytrec_eval.RelevanceEvaluator(whole, {"ndcg_cut.10", "map", "recall.100", "recip_rank"}).evaluate(run)
+    return {
+        query: {
+            "ndcg_at_10": values["ndcg_cut_10"],
+            "mrr_at_10": values["recip_rank"] if values["recip_rank"] >= 0.1 - 1e-9 else 0.0,
+            "map": values["map"],
+            "recall_at_100": values["recall_100"],
+        }
+        for query, values in measured.items()
+    }

@@ -1,0 +1,238 @@
+"""The whole run, from a configuration to a run folder with a trained and evaluated model.
+
+`prepare` is everything that can fail on bad input: it reads, checks and plans, and writes nothing. `train` then makes
+the run folder and fills it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import TrainerCallback, set_seed
+
+from codiemb.batching.plan import Plan
+from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
+from codiemb.data.checks import Report, check
+from codiemb.data.store import Records, load_records
+from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
+from codiemb.errors import CheckpointError, ConfigError
+from codiemb.evaluation.suite import average, evaluate_suite
+from codiemb.training.card import write_card
+from codiemb.training.distributed import barrier, rank, world_size
+from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint
+from codiemb.versions import versions
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+OURS = ("config.yaml", "plan.json", "environment.json", "metrics.jsonl", "model", "fused", "eval", "report.html", ".writing")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start: everything is read and checked."""
+
+    config: Config
+    encoder: SentenceTransformer
+    records: dict[str, Records]
+    plan: Plan
+    suite: list[Source]
+    report: Report
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where the model is, and metrics by data set before and after (empty without a suite)."""
+
+    model: Path
+    base: Results
+    trained: Results
+    suite: list[Source]
+
+
+def prepare(config: Config) -> Prepared:
+    """Reads data and model, and plans the run; writes nothing into it.
+
+    Raises:
+        CodiembError: whatever is wrong with the configuration, the data or the model.
+    """
+    records = {source.name: load_records(source) for source in config.data}
+    suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
+    set_seed(config.seed)
+    encoder = load_encoder(config.model)
+    lengths = {name: len(source) for name, source in records.items()}
+    plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
+
+    def count_tokens(texts: Sequence[str], role: Role) -> np.ndarray:
+        encoded = encoder.tokenizer([prompt(encoder, role) + text for text in texts], truncation=False, verbose=False)
+        return np.array([len(ids) for ids in encoded["input_ids"]])
+
+    kept = {role: max_length(encoder, role) for role in ROLES}
+    return Prepared(config, encoder, records, plan, suite, check(config, records, plan, count_tokens, kept, suite))
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Trains as configured and evaluates before and after; the files of the run are in `config.output_dir`.
+
+    Args:
+        config: from `load_config`.
+        resume: go on from the newest complete checkpoint in `output_dir`.
+        overwrite: remove an earlier run in `output_dir` first.
+
+    Raises:
+        CodiembError: a mistake in the input; nothing has been written then.
+    """
+    run = Path(config.output_dir)
+    checkpoint = _look_at_run_folder(run, resume, overwrite)
+    prepared = prepare(config)
+    encoder, suite = prepared.encoder, prepared.suite
+    _require_disk(run, encoder, config)
+    trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, [])
+    if config.evaluation.every_steps and suite:
+        trainer.add_callback(_EvaluateDuring(encoder, suite, run, config.evaluation.every_steps))
+
+    logger.info(prepared.report.text())
+    logger.info(_settings_text(prepared, trainer))
+    if rank() == 0:
+        _start_run_folder(run, overwrite, prepared, trainer)
+    barrier()
+
+    base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
+    if checkpoint:
+        logger.info(f"resuming from {checkpoint}")
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        last = newest_checkpoint(run)
+        kept = f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
+        raise KeyboardInterrupt(kept) from None
+    trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
+    if rank() == 0:
+        writing = run / ".writing"
+        save_encoder(encoder, writing)
+        write_card(writing, prepared.config, prepared.report, base, trained, suite)
+        os.replace(writing, run / "model")
+    barrier()
+    return TrainResult(run / "model", base, trained, suite)
+
+
+def results_table(result: TrainResult) -> str:
+    """Before and after by data set, in points of 0 to 100, as Markdown."""
+    from codiemb.evaluation.suite import HEADLINE
+
+    lines = ["| data set | metric | before | after | difference |", "|---|---|---:|---:|---:|"]
+
+    def line(name: str, metric: str, before: float, after: float) -> str:
+        return f"| {name} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |"
+
+    for source in result.suite:
+        metric = HEADLINE[source.task]
+        lines.append(line(source.name, metric, result.base[source.name][metric], result.trained[source.name][metric]))
+    before, after = average(result.base, result.suite), average(result.trained, result.suite)
+    lines += [line(f"**mean {task}**", HEADLINE[task], before[task], after[task]) for task in before]
+    return "\n".join(lines)
+
+
+def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to resume from, or None."""
+    if overwrite:
+        return None
+    if (run / "model").exists():
+        raise ConfigError(
+            f"output_dir {run}", got="a finished run", expected="a new folder", fix="change output_dir or add --overwrite"
+        )
+    checkpoint = newest_checkpoint(run)
+    if resume and checkpoint is None:
+        raise CheckpointError(f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume")
+    if checkpoint is not None and not resume:
+        raise ConfigError(
+            f"output_dir {run}",
+            got=f"an unfinished run ({checkpoint.name})",
+            expected="a new folder",
+            fix="add --resume to go on or --overwrite to start again",
+        )
+    return checkpoint
+
+
+def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
+    if overwrite:
+        for name in OURS:
+            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
+        for checkpoint in run.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    run.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "versions": versions(),
+        "device": str(trainer.args.device),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "world_size": world_size(),
+        "bf16": trainer.args.bf16,
+        "seed": prepared.config.seed,
+    }
+    _write(run / "config.yaml", dump_config(prepared.config))
+    _write(run / "plan.json", json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n")
+    _write(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
+    config = getattr(prepared.encoder[0], "config", None)
+    dropout = {name: value for name, value in vars(config).items() if "drop" in name} if config is not None else {}
+    return (
+        f"\nmodel {prepared.config.model.base}, {sum(p.numel() for p in prepared.encoder.parameters()):,} parameters, "
+        f"{trainer.args.device}, {'bf16' if trainer.args.bf16 else 'float32'}, {world_size()} process(es)\n"
+        f"dropout {', '.join(f'{name} {value}' for name, value in dropout.items()) or 'none'}\n"
+    )
+
+
+def _evaluate(encoder: SentenceTransformer, suite: list[Source], out: Path, when: str) -> Results:
+    """On the first rank; the others wait."""
+    results: Results = {}
+    if rank() == 0 and suite:
+        logger.info(f"evaluation {when}")
+        results = evaluate_suite(encoder, suite, out)
+    barrier()
+    return results
+
+
+class _EvaluateDuring(TrainerCallback):
+    """Evaluates the suite every so many steps, into eval/step-<n>."""
+
+    def __init__(self, encoder: SentenceTransformer, suite: list[Source], run: Path, every: int) -> None:
+        self.encoder, self.suite, self.run, self.every = encoder, suite, run, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            step = f"step-{state.global_step}"
+            _evaluate(self.encoder, self.suite, self.run / "eval" / step, f"at {step}")
+
+
+def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
+    """Refuses a run whose checkpoints cannot be written."""
+    existing = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    checkpoints = 0 if config.train.save_strategy == "no" else 1
+    needed = checkpoint_bytes(encoder) * (checkpoints + 1)
+    if free < needed:
+        raise CheckpointError(
+            f"output_dir {run}",
+            got=f"{free / 1e9:.2f} GB of free disk",
+            expected=f"at least {needed / 1e9:.2f} GB for a checkpoint and the model",
+            fix="free some disk or choose another output_dir",
+        )
+
+
+def _write(path: Path, content: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,133 @@
+"""`transformers.Trainer` with the plan as its data, and SentenceTransformer folders as its checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from codiemb.batching.loader import StepLoader, StepReader
+from codiemb.batching.plan import Plan
+from codiemb.config import Config
+from codiemb.data.store import Records
+from codiemb.encoder.model import bf16_pays, open_model, save_encoder
+from codiemb.errors import CheckpointError, ConfigError
+from codiemb.training.distributed import barrier, rank, world_size
+from codiemb.training.joint import JointModel
+from codiemb.training.metrics import MetricsLog
+
+OURS = {"bf16", "warmup_ratio", "gradient_accumulation_steps"}
+
+
+class JointTrainer(Trainer):
+    """Trains one encoder on the steps of a plan.
+
+    Args:
+        encoder: the model, trained in place.
+        config: the resolved configuration.
+        plan: the global batches.
+        records: the data by source name.
+        callbacks: further callbacks of the Trainer.
+    """
+
+    def __init__(
+        self,
+        encoder: SentenceTransformer,
+        config: Config,
+        plan: Plan,
+        records: dict[str, Records],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        arguments = training_arguments(config, encoder.device)
+        self.step_reader = StepReader(plan, records, encoder, rank(), world_size())
+        self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
+        super().__init__(
+            model=JointModel(encoder, config.losses), args=arguments, callbacks=[self.step_log, *callbacks]
+        )
+        self.remove_callback(ProgressCallback)
+        self.encoder = encoder
+
+    def get_train_dataloader(self) -> StepLoader:
+        return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        outputs = model(**inputs)
+        self.step_log.observe(inputs["batches"], outputs["objectives"])
+        return outputs["loss"]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_encoder(self.encoder, folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Written under a temporary name, then renamed: a folder named checkpoint-<step> is always complete."""
+        run = Path(self.args.output_dir)
+        writing = run / ".writing"
+        name = f"checkpoint-{self.state.global_step}"
+        self.args.output_dir = str(writing)
+        try:
+            super()._save_checkpoint(model, trial)
+        except OSError as error:
+            raise CheckpointError(f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk") from error
+        finally:
+            self.args.output_dir = str(run)
+            barrier()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(writing / name, run / name)
+            shutil.rmtree(writing)
+            rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit, use_mtime=False)
+        barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.encoder.load_state_dict(open_model(resume_from_checkpoint).state_dict())
+
+
+def training_arguments(config: Config, device: torch.device) -> TrainingArguments:
+    """The `train` section as Hugging Face's arguments.
+
+    Raises:
+        ConfigError: a value that the Trainer refuses.
+    """
+    settings = config.train.model_dump(exclude=OURS)
+    bf16 = bf16_pays(device) if config.train.bf16 == "auto" else config.train.bf16
+    try:
+        arguments = TrainingArguments(
+            output_dir=config.output_dir,
+            seed=config.seed,
+            bf16=bf16,
+            use_cpu=device.type == "cpu",
+            warmup_steps=config.train.warmup_ratio,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            eval_strategy="no",
+            ddp_find_unused_parameters=True,
+            **settings,
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError("train", got=str(error).splitlines()[0], expected="values that transformers accepts") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
+    return arguments
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The complete checkpoint with the most steps."""
+    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def checkpoint_bytes(encoder: SentenceTransformer) -> int:
+    """Disk a resumable checkpoint takes: the weights, and two moments of each trained one."""
+    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    moments = sum(2 * p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad)
+    return weights + moments
