@@ -162,6 +162,11 @@ class Train(Section):
     report_to: list[str] | str = "none"
     run_name: str | None = None
 
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def _yaml_no(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
     @field_validator("gradient_accumulation_steps")
     @classmethod
     def _one(cls, value: int) -> int:

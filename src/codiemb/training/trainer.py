@@ -11,7 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from codiemb.batching.loader import StepLoader, StepReader
@@ -52,7 +52,7 @@ class JointTrainer(Trainer):
         super().__init__(
             model=JointModel(encoder, config.losses), args=arguments, callbacks=[self.step_log, *callbacks]
         )
-        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
 
     def get_train_dataloader(self) -> StepLoader:

@@ -1,0 +1,155 @@
+"""A whole run on a tiny model: its files, its resumption, its schedules, and two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from sentence_transformers import SentenceTransformer
+
+from codiemb import load_config, train
+from codiemb.training.metrics import MetricsLog
+
+RETRIEVAL = [
+    {"query": f"word{n} word{n + 1}", "positives": [f"word{n} word{n + 2} word{n + 3}"] * 1 + [f"word{n} word9"] * (n % 2)}
+    | ({"negatives": [f"word{(n + 7) % 20} word{(n + 5) % 20}"]} if n % 3 else {})
+    for n in range(13)
+]
+PAIRS = [
+    {"query": f"word{n} word3", "positives": [f"word{n} word{n % 5}"], "positive_scores": [(n % 5) / 4]} for n in range(11)
+]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_model_folder):
+    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
+    write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    suite = [
+        {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
+        {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
+    ]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": str(tiny_model_folder), "max_length": {"query": 8, "document": 16, "similarity": 12}},
+        "data": suite,
+        "batching": {"schedule": "proportional", "retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
+        "train": {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "bf16": False},
+        "evaluation": {"suite": "suite.yaml"},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "config.yaml"
+
+
+def weights(folder):
+    return SentenceTransformer(str(folder)).state_dict()
+
+
+def assert_equal_weights(one, other, **tolerance):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance)
+
+
+def test_a_run_leaves_the_files_of_the_contract(config_file, tmp_path):
+    result = train(load_config(config_file))
+    run = tmp_path / "run"
+    # 13 rows make 4 batches of at most 4, 11 pairs make 3: 7 steps an epoch, 14 in all
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 15))
+    assert sum(line["rows"] for line in lines) == 2 * (13 + 11)
+    for line in lines:
+        assert line["tokens"] <= line["padded_tokens"]
+        assert line["seconds"] > 0
+        assert {"source", "task", "loss", "peak_memory_bytes", "learning_rate", "candidates_per_query"} <= line.keys()
+        parts = {"info_nce"} if line["task"] == "retrieval" else {"pearson", "rank_kl", "pro", "mid_nce"}
+        assert {name for name in line if name.startswith("loss/")} == {f"loss/{part}" for part in parts}
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["steps"] == 14
+    assert plan["sources"]["search"]["rows_used"] == 13
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 1
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (12, 14, 3, 6, 9)]
+    for model in ("base", "model"):
+        scores = json.loads((run / "eval" / model / "pairs.json").read_text())
+        assert scores["n"] == 11
+        assert set(scores["metrics"]) == {"spearman", "pearson"}
+    assert set(result.trained["search"]) == {"ndcg_at_10", "mrr_at_10", "map", "recall_at_100"}
+    assert_equal_weights(run / "checkpoint-14", run / "model", rtol=0, atol=0)
+    card = (run / "model" / "README.md").read_text()
+    assert "| pairs | similarity | spearman |" in card
+    reused = load_config(run / "config.yaml")
+    assert reused.model_dump() == load_config(config_file).model_dump()
+    saved = SentenceTransformer(str(run / "model"))
+    assert (saved[0].query_length, saved[0].document_length) == (8, 16)
+    assert not list(run.rglob("*.partial"))
+    assert not (run / ".writing").exists()
+
+
+def test_training_changes_every_layer_and_lowers_the_loss(config_file, tmp_path, tiny_model_folder):
+    train(load_config(config_file, ["train.num_train_epochs=15", "train.save_strategy=no"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    search = [line["loss"] for line in lines if line["source"] == "search"]
+    assert sum(search[-8:]) < 0.8 * sum(search[:8])
+    before, after = weights(tiny_model_folder), weights(tmp_path / "run" / "model")
+    assert any(not torch.equal(before[name], after[name]) for name in before if "layer.0." in name)
+
+
+def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
+    whole = load_config(config_file, [f"output_dir={tmp_path / 'whole'}"])
+    train(whole)
+    original = MetricsLog.on_step_begin
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    config = load_config(config_file)
+    monkeypatch.setattr(MetricsLog, "on_step_begin", stop)
+    with pytest.raises(KeyboardInterrupt, match="checkpoint-6; go on with --resume"):
+        train(config)
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "model").exists()
+    train(config, resume=True)
+    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 15))
+
+
+@pytest.mark.parametrize("schedule", ["balanced", "round_robin", "temperature", "weights", "staged", "paired"])
+def test_every_schedule_trains(config_file, tmp_path, schedule):
+    overrides = [f"batching.schedule={schedule}", "batching.weights={search: 1, pairs: 2}", "train.num_train_epochs=1"]
+    train(load_config(config_file, [*overrides, "evaluation.suite=null", "train.save_strategy=no"]))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == json.loads((tmp_path / "run" / "plan.json").read_text())["steps_per_epoch"]
+    if schedule == "paired":
+        assert {line["task"] for line in lines} == {"retrieval+similarity"}
+
+
+def test_evaluation_during_training(config_file, tmp_path):
+    train(load_config(config_file, ["evaluation.every_steps=5", "train.save_strategy=no"]))
+    assert sorted(path.name for path in (tmp_path / "run" / "eval").iterdir()) == ["base", "model", "step-10", "step-5"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(config_file, tmp_path):
+    """Dropout off, so that one process and two see the same batches and make the same weights."""
+    overrides = ["model.dropout={hidden: 0, attention: 0}", "train.max_steps=7"]
+    train(load_config(config_file, [*overrides, f"output_dir={tmp_path / 'one'}"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
+    subprocess.run(
+        [*command, "train", str(config_file), *overrides, f"output_dir={tmp_path / 'two'}"],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        timeout=300,
+    )
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
