@@ -1,4 +1,4 @@
-"""The command line: thin verbes over the library. Heavy imports happen inside them, so `--help` answers at once."""
+"""The command line: thin verbs over the library. Heavy imports happen inside them, so `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -59,12 +59,13 @@ def train(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     _quiet_libraries()
-    from codiemb.training import run
+    from codiemb.training import distributed, run
 
     result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if os.environ.get("RANK", "0") == "0":
+    if distributed.rank() == 0:
         print(f"\n{run.results_table(result)}\n" if result.suite else "")
         print(f"model {result.model}")
+    distributed.finish()
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     for model in arguments.models:
         name = Path(model.removeprefix("bundled:")).resolve().name
         print(f"model {model}")
-        evaluate_suite(open_model(locate(model)), suite, Path(arguments.out) / name)
+        evaluate_suite(open_model(locate(model)), suite, Path(arguments.out) / name, bf16=arguments.bf16)
     print(f"results in {arguments.out}")
 
 
@@ -121,4 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluated.add_argument("--suite", required=True, metavar="SUITE", help="a YAML list of data sets")
     evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
     evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
+    evaluated.add_argument(
+        "--bf16", action="store_true", help="encode in bf16: up to 3 times as fast, scores move by 0.01"
+    )
     return parser

@@ -209,7 +209,8 @@ class Config(Section):
             if missing := [name for name in names if name not in self.batching.weights]:
                 faults.append(f"batching.weights: got none for {missing[0]!r}, expected a weight for every source")
             faults += [
-                f"batching.weights.{name}: got an unknown source, expected one of {', '.join(names)}{_nearest(name, names)}"
+                f"batching.weights.{name}: got an unknown source, expected one of {', '.join(names)}"
+                f"{_nearest(name, names)}"
                 for name in self.batching.weights
                 if name not in names
             ]
@@ -273,7 +274,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def load_suite(path: str | Path, data_root: str | Path | None = None) -> list[Source]:
-    """The data sets of an evaluation suite (a YAML list), their paths resolved against `data_root`, or the file's folder.
+    """The data sets of an evaluation suite (a YAML list); paths start from `data_root`, else from the file's folder.
 
     Raises:
         ConfigError: as `load_config`.
@@ -386,7 +387,9 @@ def _describe(model: type[BaseModel], fault: Any) -> str:
         message = str(fault["ctx"]["error"])
         return f"{where}: {message}" if where else message
     if where.startswith("[key]") or "[key]" in where:
-        return f"{where.replace('.[key]', '')}: got an unknown key, {fault['msg'].replace('Input should be', 'expected')}"
+        return (
+            f"{where.replace('.[key]', '')}: got an unknown key, {fault['msg'].replace('Input should be', 'expected')}"
+        )
     return f"{where}: got {fault['input']!r}, {fault['msg'].replace('Input should be', 'expected')}"
 
 

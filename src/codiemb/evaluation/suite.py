@@ -1,4 +1,4 @@
-"""A suite of data sets, evaluated one after the other; `<dataset>.json` and its per-item scores are written for each."""
+"""A suite of data sets, evaluated in turn; `<dataset>.json` and its per-item scores are written for each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def evaluate_suite(
         results[source.name] = scores.metrics
         headline = HEADLINE[source.task]
         seconds = time.perf_counter() - started
-        logger.info(f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s")
+        logger.info(
+            f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s"
+        )
         _write(encoder, source, scores, out, seconds, bf16)
     return results
 
@@ -134,9 +136,7 @@ def _progress(name: str, texts: set[Text]) -> tqdm:
     return tqdm(total=len(texts), desc=f"encode {name}", unit="text", leave=False)
 
 
-def _write(
-    encoder: SentenceTransformer, source: Source, scores: Scores, out: Path, seconds: float, bf16: bool
-) -> None:
+def _write(encoder: SentenceTransformer, source: Source, scores: Scores, out: Path, seconds: float, bf16: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     roles = ("query", "document") if source.task == "retrieval" else ("similarity",)
     content = {

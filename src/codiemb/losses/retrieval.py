@@ -1,4 +1,4 @@
-r"""Multi-positive InfoNCE for retrieval (CoDiEmb, arXiv 2508.11442, the IR objective; InfoNCE: van den Oord et al., 2018).
+r"""Multi-positive InfoNCE for retrieval (CoDiEmb, arXiv 2508.11442; InfoNCE: van den Oord et al., 2018).
 
 Query i has positives P_i; s(i, d) is the dot product of normalised embeddings, t the temperature. Each positive is one
 term, and the query's other positives are not in its denominator:

@@ -74,8 +74,8 @@ def pro(
     r"""Each pair against all pairs with a lower label; at least 0.
 
     For each k with at least one j such that y_j < y_k, w_kj = y_k - y_j and w_k = max_j w_kj, the term is
-    `-log( e^{w_k c_k/t} / ( e^{w_k c_k/t} + sum_{j: y_j < y_k} e^{w_kj c_j/t} ) )`; the loss is their mean. The sum over
-    j depends on the label y_k alone, so it is taken once for each distinct label: n x distinct, not n x n.
+    `-log( e^{w_k c_k/t} / ( e^{w_k c_k/t} + sum_{j: y_j < y_k} e^{w_kj c_j/t} ) )`; the loss is their mean. The sum
+    over j depends on the label y_k alone, so it is taken once for each distinct label: n x distinct, not n x n.
 
     Args:
         predicted: cosines.

@@ -28,7 +28,8 @@ def write_card(
         for metric, value in metrics.items()
     ]
     data = [
-        f"| {name} | {facts['task']} | {facts['rows']} | {facts['rows_used']} | {facts['batches']} | {facts['passes']:.2f} |"
+        f"| {name} | {facts['task']} | {facts['rows']} | {facts['rows_used']} | "
+        f"{facts['batches']} | {facts['passes']:.2f} |"
         for name, facts in report.content["sources"].items()
     ]
     text = f"""---

@@ -25,6 +25,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def finish() -> None:
+    """Leaves the process group together, so that no rank sees another one vanish."""
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def joined(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of all ranks in order of rank, and the place of this rank's first row; only its own carry gradient."""
     if world_size() == 1:

@@ -35,7 +35,17 @@ from codiemb.versions import versions
 logger = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, float]]
-OURS = ("config.yaml", "plan.json", "environment.json", "metrics.jsonl", "model", "fused", "eval", "report.html", ".writing")
+OURS = (
+    "config.yaml",
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "model",
+    "fused",
+    "eval",
+    "report.html",
+    ".writing",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         last = newest_checkpoint(run)
-        kept = f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
+        kept = (
+            f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
+        )
         raise KeyboardInterrupt(kept) from None
     trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
     if rank() == 0:
@@ -149,11 +161,16 @@ def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None
         return None
     if (run / "model").exists():
         raise ConfigError(
-            f"output_dir {run}", got="a finished run", expected="a new folder", fix="change output_dir or add --overwrite"
+            f"output_dir {run}",
+            got="a finished run",
+            expected="a new folder",
+            fix="change output_dir or add --overwrite",
         )
     checkpoint = newest_checkpoint(run)
     if resume and checkpoint is None:
-        raise CheckpointError(f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume")
+        raise CheckpointError(
+            f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume"
+        )
     if checkpoint is not None and not resume:
         raise ConfigError(
             f"output_dir {run}",
@@ -174,7 +191,9 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
     environment = {
         "versions": versions(),
         "device": str(trainer.args.device),
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
+        "device_name": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "world_size": world_size(),
         "bf16": trainer.args.bf16,

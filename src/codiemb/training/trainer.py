@@ -64,20 +64,22 @@ class JointTrainer(Trainer):
         return outputs["loss"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_encoder(self.encoder, folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written under a temporary name, then renamed: a folder named checkpoint-<step> is always complete."""
-        run = Path(self.args.output_dir)
+        run = Path(str(self.args.output_dir))
         writing = run / ".writing"
         name = f"checkpoint-{self.state.global_step}"
         self.args.output_dir = str(writing)
         try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
-            raise CheckpointError(f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk") from error
+            raise CheckpointError(
+                f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk"
+            ) from error
         finally:
             self.args.output_dir = str(run)
             barrier()
@@ -115,7 +117,9 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError("train", got=str(error).splitlines()[0], expected="values that transformers accepts") from None
+        raise ConfigError(
+            "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
+        ) from None
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
 
