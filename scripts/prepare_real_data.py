@@ -43,15 +43,13 @@ def main() -> None:
     for name in COLLECTIONS:
         target = arguments.out / "train" / f"{name}.jsonl"
         target.parent.mkdir(exist_ok=True)
-        source = Source(name=name, task="retrieval", path=str(arguments.data_root.resolve() / "ir" / name), split="train")
+        source = Source(
+            name=name, task="retrieval", path=str(arguments.data_root.resolve() / "ir" / name), split="train"
+        )
         records = load_records(source)
         corpus = [text for _, text in read_corpus(beir_files(Path(source.path))[0])]
         pairs = datasets.Dataset.from_list(
-            [
-                {"query": row["query"], "positive": positive}
-                for row in records.table
-                for positive in row["positives"]
-            ]
+            [{"query": row["query"], "positive": positive} for row in records.table for positive in row["positives"]]
         )
         mined = mine_hard_negatives(
             pairs,

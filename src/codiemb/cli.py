@@ -1,4 +1,4 @@
-"""The command line: thin verbes over the library. Heavy imports happen inside them, so `--help` answers at once."""
+"""The command line: thin verbs over the library. Heavy imports happen inside them, so `--help` answers at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from codiemb.errors import CodiembError
+from codiemb.errors import CodiembError, ConfigError
+from codiemb.files import require_folder
 
 INTERRUPTED = 130
 
@@ -21,8 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours = logging.getLogger("codiemb")
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     ours.propagate = False
-    if not ours.handlers:
-        ours.addHandler(logging.StreamHandler(sys.stdout))
+    ours.handlers = [logging.StreamHandler(sys.stdout)]
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
@@ -71,28 +72,45 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from codiemb.config import load_suite
 
     suite = load_suite(arguments.suite, arguments.data_root)
+    names = [Path(model.removeprefix("bundled:")).resolve().name for model in arguments.models]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            "models",
+            got=f"the folder name {twice[0]!r} twice",
+            expected="different names, because the results of each are written under its name",
+            fix="evaluate them into different --out folders",
+        )
+    require_folder("--out", Path(arguments.out))
     _quiet_libraries()
     from codiemb.encoder.model import locate, open_model
-    from codiemb.evaluation.suite import evaluate_suite
+    from codiemb.evaluation.suite import evaluate_suite, require_readable
 
-    for model in arguments.models:
-        name = Path(model.removeprefix("bundled:")).resolve().name
+    located = [locate(model) for model in arguments.models]
+    require_readable(suite)
+    for name, model in zip(names, located, strict=True):
         print(f"model {model}")
-        evaluate_suite(open_model(locate(model)), suite, Path(arguments.out) / name)
+        evaluate_suite(open_model(model), suite, Path(arguments.out) / name)
     print(f"results in {arguments.out}")
 
 
 def _quiet_libraries() -> None:
     """The libraries' own notes and bars (weights loaded, advice on defaults) are not part of our output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other mistake."""
+        self.exit(2, f"error: command line: {message}, see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="codiemb", description="Fine-tune one text-embedding model for retrieval and similarity, and prove it."
     )
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -5,7 +5,16 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("codiemb", "torch", "transformers", "sentence-transformers", "datasets", "numpy", "scipy", "pytrec-eval-terrier")
+PACKAGES = (
+    "codiemb",
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "datasets",
+    "numpy",
+    "scipy",
+    "pytrec-eval-terrier",
+)
 
 
 def versions() -> dict[str, str]:

@@ -61,7 +61,9 @@ class _StepSampler:
 class StepReader(Dataset):
     """A step of the plan -> `{"batches": [token batch, ...]}` for one rank."""
 
-    def __init__(self, plan: Plan, records: dict[str, Records], encoder: SentenceTransformer, rank: int, world: int) -> None:
+    def __init__(
+        self, plan: Plan, records: dict[str, Records], encoder: SentenceTransformer, rank: int, world: int
+    ) -> None:
         self.plan = plan
         self.records = records
         self.encoder = encoder

@@ -170,12 +170,15 @@ class Plan:
 
     @cached_property
     def _by_task(self) -> dict[str, list[str]]:
-        return {task: [name for name in self.names if self.tasks[name] == task] for task in sorted({*self.tasks.values()})}
+        return {
+            task: [name for name in self.names if self.tasks[name] == task] for task in sorted({*self.tasks.values()})
+        }
 
     @cached_property
     def _stages(self) -> list[list[str]]:
         stages = (
-            [name for name in self.names if name in stage or self.tasks[name] in stage] for stage in self.settings.stages
+            [name for name in self.names if name in stage or self.tasks[name] in stage]
+            for stage in self.settings.stages
         )
         return [stage for stage in stages if stage]
 

@@ -74,7 +74,10 @@ class Report:
         for name, facts in sources.items():
             if scores := facts.get("scores"):
                 histogram = " ".join(f"{count}" for count in scores["histogram"])
-                lines += ["", f"{name}: scores {scores['lowest']:g} to {scores['highest']:g}, in tenths of the range: {histogram}"]
+                lines += [
+                    "",
+                    f"{name}: scores {scores['lowest']:g} to {scores['highest']:g}, in tenths of the range: {histogram}",
+                ]
         notes = [
             f"{name}: {count} {reason}"
             for name, facts in sources.items()
@@ -149,7 +152,9 @@ def check(
         task: sum(facts["share_of_steps"] for facts in sources.values() if facts["task"] == task)
         for task in {facts["task"] for facts in sources.values()}
     }
-    total = config.train.max_steps if config.train.max_steps > 0 else int(np.ceil(steps * config.train.num_train_epochs))
+    total = (
+        config.train.max_steps if config.train.max_steps > 0 else int(np.ceil(steps * config.train.num_train_epochs))
+    )
     content = {
         "schedule": config.batching.schedule,
         "seed": config.seed,

@@ -79,7 +79,9 @@ def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int = 
     return Tokens(micro_batches, place, int(sum(mask.sum() for mask in masks)), sum(mask.numel() for mask in masks))
 
 
-def embed(encoder: SentenceTransformer, micro_batches: list[Features], place: Tensor, middle: bool = False) -> Embeddings:
+def embed(
+    encoder: SentenceTransformer, micro_batches: list[Features], place: Tensor, middle: bool = False
+) -> Embeddings:
     """Embeddings of tokenised texts, in the order asked for, float32; with gradient where it is enabled.
 
     Args:

@@ -60,9 +60,24 @@ def evaluate_suite(
         results[source.name] = scores.metrics
         headline = HEADLINE[source.task]
         seconds = time.perf_counter() - started
-        logger.info(f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s")
+        logger.info(
+            f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s"
+        )
         _write(encoder, source, scores, out, seconds, bf16)
     return results
+
+
+def require_readable(suite: list[Source]) -> None:
+    """Reads every data set once, so that a faulty one is told before anything is encoded or written.
+
+    Raises:
+        DataError: as the readers.
+    """
+    for source in suite:
+        if source.task == "retrieval":
+            retrieval.load_collection(source)
+        else:
+            load_records(source, keep_duplicates=True)
 
 
 def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores:
@@ -134,9 +149,7 @@ def _progress(name: str, texts: set[Text]) -> tqdm:
     return tqdm(total=len(texts), desc=f"encode {name}", unit="text", leave=False)
 
 
-def _write(
-    encoder: SentenceTransformer, source: Source, scores: Scores, out: Path, seconds: float, bf16: bool
-) -> None:
+def _write(encoder: SentenceTransformer, source: Source, scores: Scores, out: Path, seconds: float, bf16: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     roles = ("query", "document") if source.task == "retrieval" else ("similarity",)
     content = {

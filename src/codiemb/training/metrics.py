@@ -50,9 +50,7 @@ class MetricsLog(TrainerCallback):
             "padded_tokens": sum(batch["padded_tokens"] for batch in batches),
             "candidates_per_query": contrastive[0] if contrastive else None,
         }
-        self.by_task = {
-            batch["task"]: objective["loss"] for batch, objective in zip(batches, objectives, strict=True)
-        }
+        self.by_task = {batch["task"]: objective["loss"] for batch, objective in zip(batches, objectives, strict=True)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mark = time.perf_counter()

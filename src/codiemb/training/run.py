@@ -24,18 +24,29 @@ from codiemb.batching.plan import Plan
 from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
-from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
+from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.evaluation.suite import average, evaluate_suite
+from codiemb.evaluation.suite import average, evaluate_suite, require_readable
+from codiemb.files import nearest_folder, require_folder
 from codiemb.training.card import write_card
 from codiemb.training.distributed import barrier, rank, world_size
-from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint
+from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint, training_arguments
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, float]]
-OURS = ("config.yaml", "plan.json", "environment.json", "metrics.jsonl", "model", "fused", "eval", "report.html", ".writing")
+OURS = (
+    "config.yaml",
+    "plan.json",
+    "environment.json",
+    "metrics.jsonl",
+    "model",
+    "fused",
+    "eval",
+    "report.html",
+    ".writing",
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,10 @@ def prepare(config: Config) -> Prepared:
     """
     records = {source.name: load_records(source) for source in config.data}
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
+    require_readable(suite)
     set_seed(config.seed)
     encoder = load_encoder(config.model)
+    training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
 
@@ -114,7 +127,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         last = newest_checkpoint(run)
-        kept = f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
+        kept = (
+            f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
+        )
         raise KeyboardInterrupt(kept) from None
     trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
     if rank() == 0:
@@ -145,15 +160,21 @@ def results_table(result: TrainResult) -> str:
 
 def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to resume from, or None."""
+    require_folder("output_dir", run)
     if overwrite:
         return None
     if (run / "model").exists():
         raise ConfigError(
-            f"output_dir {run}", got="a finished run", expected="a new folder", fix="change output_dir or add --overwrite"
+            f"output_dir {run}",
+            got="a finished run",
+            expected="a new folder",
+            fix="change output_dir or add --overwrite",
         )
     checkpoint = newest_checkpoint(run)
     if resume and checkpoint is None:
-        raise CheckpointError(f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume")
+        raise CheckpointError(
+            f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume"
+        )
     if checkpoint is not None and not resume:
         raise ConfigError(
             f"output_dir {run}",
@@ -161,6 +182,8 @@ def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None
             expected="a new folder",
             fix="add --resume to go on or --overwrite to start again",
         )
+    if checkpoint is not None:
+        check_weights(checkpoint)
     return checkpoint
 
 
@@ -174,7 +197,9 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
     environment = {
         "versions": versions(),
         "device": str(trainer.args.device),
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
+        "device_name": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "world_size": world_size(),
         "bf16": trainer.args.bf16,
@@ -219,8 +244,7 @@ class _EvaluateDuring(TrainerCallback):
 
 def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
     """Refuses a run whose checkpoints cannot be written."""
-    existing = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_folder(run)).free
     checkpoints = 0 if config.train.save_strategy == "no" else 1
     needed = checkpoint_bytes(encoder) * (checkpoints + 1)
     if free < needed:

@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -77,7 +78,9 @@ class JointTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except OSError as error:
-            raise CheckpointError(f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk") from error
+            raise CheckpointError(
+                f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk"
+            ) from error
         finally:
             self.args.output_dir = str(run)
             barrier()
@@ -115,7 +118,17 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError("train", got=str(error).splitlines()[0], expected="values that transformers accepts") from None
+        raise ConfigError(
+            "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
+        ) from None
+    trackers = get_available_reporting_integrations()
+    if missing := [name for name in arguments.report_to or () if name not in trackers]:
+        raise ConfigError(
+            "train.report_to",
+            got=f"{missing[0]!r}, which is not installed or not known to transformers",
+            expected=f"none or one of {', '.join(trackers)}" if trackers else "none",
+            fix="install it or change train.report_to",
+        )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
 
