@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from codiemb.errors import ConfigError
+from codiemb.errors import ConfigError, short
 
 Task = Literal["retrieval", "similarity"]
 Role = Literal["query", "document", "similarity"]
@@ -66,11 +66,19 @@ class Source(Section):
 
     name: Name
     task: Task
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     split: str | None = None
     columns: dict[Literal["query", "positive", "negative", "score", "instruction", "id"], str | list[str]] | None = None
     score_range: tuple[float, float] = (0.0, 1.0)
     where: dict[str, Any] = {}
+
+    @field_validator("columns")
+    @classmethod
+    def _one_column(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for field, names in (value or {}).items():
+            if isinstance(names, list) and field not in ("positive", "negative"):
+                raise ValueError(f"expected one column for {field}; only positive and negative take a list")
+        return value
 
     @field_validator("score_range")
     @classmethod
@@ -88,6 +96,13 @@ class RetrievalBatches(Section):
 
 class SimilarityBatches(Section):
     batch_size: Positive = 32
+
+    @field_validator("batch_size")
+    @classmethod
+    def _a_pair_of_pairs(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("expected at least 2, because a rank loss compares pairs with each other; raise it")
+        return value
 
 
 class Batching(Section):
@@ -194,16 +209,15 @@ class Config(Section):
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
 
+    @field_validator("data")
+    @classmethod
+    def _one_name_each(cls, value: list[Source]) -> list[Source]:
+        return _unique(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         faults = []
         names = [source.name for source in self.data]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            faults.append(f"data: got the name {twice[0]!r} twice, expected one name per source")
-        if any(source.task == "similarity" for source in self.data) and self.batching.similarity.batch_size < 2:
-            faults.append(
-                "batching.similarity.batch_size: got 1, expected at least 2, because a rank loss compares pairs"
-            )
         known = {*names, *get_args(Task)}
         if self.batching.schedule == "weights":
             if missing := [name for name in names if name not in self.batching.weights]:
@@ -234,12 +248,17 @@ class Config(Section):
 class _Suite(Section):
     entries: Annotated[list[Source], Field(min_length=1)]
 
-    @model_validator(mode="after")
-    def _unique(self) -> _Suite:
-        names = [entry.name for entry in self.entries]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"got the name {twice[0]!r} twice, expected one name per data set")
-        return self
+    @field_validator("entries")
+    @classmethod
+    def _one_name_each(cls, value: list[Source]) -> list[Source]:
+        return _unique(value)
+
+
+def _unique(sources: list[Source]) -> list[Source]:
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"got the name {twice[0]!r} twice, expected one name for each")
+    return sources
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -307,7 +326,7 @@ def _is_local(base: str, folder: Path) -> bool:
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
         raise ConfigError(f"file {path}", got="nothing there", expected="a YAML file", fix="check the path") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -318,6 +337,18 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"file {path} at {where}", got=error.problem, expected="valid YAML") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"file {path}", got=error, expected="valid YAML") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, where YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -367,30 +398,39 @@ def _validate(model: type[Any], content: Any, where: str) -> Any:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        faults = list(dict.fromkeys(_describe(model, fault) for fault in error.errors()))
-        raise ConfigError(f"{where}: {'; '.join(faults)}") from None
+        # The branches of a union each report their own fault of the same value: they make one clause.
+        faults: dict[str, list[str]] = {}
+        for fault in error.errors():
+            got, expected = _describe(model, fault)
+            faults.setdefault(got, []).append(expected)
+        clauses = (
+            f"{got}, expected {' or '.join(dict.fromkeys(expected))}" if any(expected) else got
+            for got, expected in faults.items()
+        )
+        raise ConfigError(f"{where}: {'; '.join(clauses)}") from None
 
 
-def _describe(model: type[BaseModel], fault: Any) -> str:
-    """One pydantic fault as `section.key: got ..., expected ...`."""
+def _describe(model: type[BaseModel], fault: Any) -> tuple[str, str]:
+    """One pydantic fault as (`section.key: got ...`, what was expected)."""
     place = [part for part in fault["loc"] if not (isinstance(part, str) and part in _TYPE_NAMES)]
     if place and place[0] == "entries":
         place = place[1:]
     where = ".".join(str(part) for part in place)
+    expected = fault["msg"].replace("Input should be ", "").split(", unable")[0]
+    got = short(fault["input"])
     if fault["type"] == "extra_forbidden":
         known = _fields_at(model, fault["loc"][:-1])
-        key = str(fault["loc"][-1])
-        return f"{where}: got an unknown key, expected one of {', '.join(known)}{_nearest(key, known)}"
-    if fault["type"] == "missing":
-        return f"{where}: got nothing, expected a value"
-    if fault["type"] == "value_error":
+        got, expected = "an unknown key", f"one of {', '.join(known)}{_nearest(str(fault['loc'][-1]), known)}"
+    elif place[-1:] == ["[key]"]:
+        where, got = ".".join(str(part) for part in place[:-1]), "an unknown key"
+    elif fault["type"] == "missing":
+        got, expected = "nothing", "a value"
+    elif fault["type"] == "value_error":
         message = str(fault["ctx"]["error"])
-        return f"{where}: {message}" if where else message
-    if where.startswith("[key]") or "[key]" in where:
-        return (
-            f"{where.replace('.[key]', '')}: got an unknown key, {fault['msg'].replace('Input should be', 'expected')}"
-        )
-    return f"{where}: got {fault['input']!r}, {fault['msg'].replace('Input should be', 'expected')}"
+        if not message.startswith("expected "):  # a whole sentence of ours
+            return f"{where}: {message}" if where else message, ""
+        expected = message.removeprefix("expected ")
+    return f"{where}: got {got}" if where else f"got {got}", expected
 
 
 _TYPE_NAMES = {"int", "float", "str", "bool", "literal['auto']", "list[str]", "constrained-str", "constrained-int"}

@@ -14,18 +14,29 @@ from typing import Any
 _MISSING: Any = object()
 
 
+def short(value: Any, length: int = 60) -> str:
+    """`repr(value)`, cut to `length` characters."""
+    text = repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
 class CodiembError(Exception):
     """A mistake the user can mend: what and where, what was found, what was expected, what to do."""
 
     def __init__(self, what: str, *, got: Any = _MISSING, expected: str = "", fix: str = "") -> None:
         details = [
-            f"got {got}" if got is not _MISSING else "",
+            f"got {_cut(got)}" if got is not _MISSING else "",
             f"expected {expected}" if expected else "",
             fix,
         ]
         details = [detail for detail in details if detail]
         # The message is one line whatever the data holds.
         super().__init__(" ".join((f"{what}: {', '.join(details)}" if details else what).split()))
+
+
+def _cut(value: Any, length: int = 300) -> str:
+    text = str(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class ConfigError(CodiembError):

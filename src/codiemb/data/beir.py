@@ -6,6 +6,7 @@ a positive with its gain as score, a judgement of 0 makes a hard negative.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from codiemb.config import Source
 from codiemb.data.readers import beir_files, beir_qrels, read_jsonl, read_lines
 from codiemb.data.records import Record, RowReader
-from codiemb.errors import DataError
+from codiemb.errors import DataError, short
 
 Qrels = dict[str, dict[str, float]]
 
@@ -34,10 +35,12 @@ def read_qrels(path: Path) -> Qrels:
         if len(parts) not in (3, 4) or not _is_number(parts[-1]):
             raise DataError(
                 f"file {path}, line {number}",
-                got=repr(line.strip()[:60]),
+                got=short(line.strip()),
                 expected="query-id, corpus-id and score, separated by tabs",
             )
         query, document, gain = parts[0], parts[-2], float(parts[-1])
+        if gain != int(gain):
+            raise DataError(f"file {path}, line {number}", got=f"the gain {gain:g}", expected="a whole number")
         qrels.setdefault(query, {})[document] = gain
     if not qrels:
         raise DataError(f"file {path}", got="no judgement", expected="lines of query-id, corpus-id, score")
@@ -57,7 +60,10 @@ def read_queries(path: Path) -> Iterator[tuple[str, str, str | None]]:
     """(query id, text, instruction or None) of the queries file."""
     for where, row in read_jsonl(path):
         key, text = _identified(row, where)
-        yield key, text, row.get("instruction")
+        instruction = row.get("instruction")
+        if instruction is not None and not isinstance(instruction, str):
+            raise DataError(f"{where}, instruction", got=short(instruction), expected="a text")
+        yield key, text, instruction
 
 
 def present(qrels: Qrels, queries: set[str], documents: set[str], where: str) -> tuple[Qrels, Counter[str]]:
@@ -117,13 +123,12 @@ def beir_records(source: Source, reader: RowReader) -> Iterator[Record | None]:
 
 def _identified(row: object, where: str) -> tuple[str, str]:
     if not isinstance(row, dict) or row.get("_id") is None or not isinstance(row.get("text"), str):
-        raise DataError(where, got=repr(row)[:60], expected='an object with "_id" and "text"')
+        raise DataError(where, got=short(row), expected='an object with "_id" and "text"')
     return str(row["_id"]), row["text"]
 
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True

@@ -151,7 +151,7 @@ def check(
         sources[name] = facts
     by_task = {
         task: sum(facts["share_of_steps"] for facts in sources.values() if facts["task"] == task)
-        for task in {facts["task"] for facts in sources.values()}
+        for task in sorted({facts["task"] for facts in sources.values()})
     }
     total = (
         config.train.max_steps if config.train.max_steps > 0 else int(np.ceil(steps * config.train.num_train_epochs))

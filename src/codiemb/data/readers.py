@@ -13,9 +13,9 @@ other folder, or a hub id                 datasets.load_dataset
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from codiemb.config import Source
 from codiemb.data.records import columns_of
-from codiemb.errors import DataError
+from codiemb.errors import DataError, short
 
 FILE_FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 Rows = Iterator[tuple[str, Any]]
@@ -39,6 +39,12 @@ def files_of(source: Source) -> list[Path]:
     """
     path = Path(source.path)
     if path.is_file():
+        if _format(path) not in FILE_FORMATS:
+            raise DataError(
+                f"source {source.name!r}, {path}",
+                got=f"a file that ends in {path.suffix!r}" if path.suffix else "a file without a suffix",
+                expected=f"one of {', '.join(FILE_FORMATS)} (text also with .gz or .zst)",
+            )
         return [path]
     if path.is_dir():
         if is_beir(path):
@@ -114,14 +120,20 @@ def read_jsonl(path: Path) -> Rows:
     for number, line in read_lines(path):
         if not line.strip():
             continue
+        where = f"file {path}, line {number}"
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
-            raise DataError(
-                f"file {path}, line {number}", got=f"invalid JSON ({reason})", expected="one JSON object a line"
-            ) from None
-        yield f"file {path}, line {number}", row
+            if "\\ud" in line or "\\uD" in line:  # half a surrogate pair is JSON, but no text
+                json.dumps(row, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            if line.lstrip().startswith("["):
+                raise DataError(where, got="a JSON array", expected="one JSON object a line") from None
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise DataError(where, got=f"invalid JSON ({reason})", expected="one JSON object a line") from None
+        if not isinstance(row, dict):
+            kind = "a JSON array" if isinstance(row, list) else short(row)
+            raise DataError(where, got=kind, expected="one JSON object a line")
+        yield where, row
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -142,7 +154,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             expected="UTF-8 text",
             fix="convert the file to UTF-8",
         ) from None
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException) as error:
         raise DataError(f"file {path}, after line {number}", got=error, expected="a readable file") from None
 
 
@@ -173,12 +185,13 @@ def _read_csv(path: Path, source: Source, delimiter: str) -> Rows:
     lines = (line for _, line in read_lines(path))
     reader = csv.DictReader(lines, delimiter=delimiter, restkey="", strict=True)
     try:
+        header = list(reader.fieldnames or [])
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise DataError(f"file {path}, line 1", got=f"the column {twice[0]!r} twice", expected="one name a column")
         for row in reader:
             where = f"file {path}, line {reader.line_num}"
             if "" in row or None in row.values():
-                raise DataError(
-                    where, got="another number of columns", expected=f"{len(reader.fieldnames or [])} as in the header"
-                )
+                raise DataError(where, got="another number of columns", expected=f"{len(header)} as in the header")
             yield where, {name: _as_number(value) if name in numeric else value for name, value in row.items()}
     except csv.Error as error:
         raise DataError(f"file {path}, line {reader.line_num}", got=error, expected="valid CSV") from None
@@ -209,9 +222,10 @@ def _read_datasets(source: Source) -> Rows:
     except DataError:
         raise
     except Exception as error:  # the hub, its cache and its loaders raise many kinds
+        reason = str(error.__cause__ or error) or type(error).__name__
         raise DataError(
             f"source {source.name!r}, {source.path}",
-            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            got=reason.splitlines()[0],
             expected="a file, a folder, or a data set of the Hugging Face hub",
         ) from None
     for number, row in enumerate(loaded, start=1):
@@ -220,7 +234,8 @@ def _read_datasets(source: Source) -> Rows:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix in (".gz", ".zst"):
-        return pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
+        raw = pa.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
+        return io.BufferedReader(raw, 1 << 20)  # Arrow's stream has no lines, but notices a cut end
     return path.open("rb")
 
 

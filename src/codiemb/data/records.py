@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple
 
 from codiemb.config import Source
-from codiemb.errors import DataError
+from codiemb.errors import DataError, short
 
 UNIFIED = {
     "query": ["query"],
@@ -55,9 +55,7 @@ def columns_of(source: Source) -> dict[str, list[str]]:
     """Which columns of the raw rows hold each field of a record."""
     if source.columns is None:
         return UNIFIED
-    mapping: dict[str, list[str]] = {
-        field: [names] if isinstance(names, str) else list(names) for field, names in source.columns.items()
-    }
+    mapping: dict[str, list[str]] = {field: [names] if isinstance(names, str) else list(names) for field, names in source.columns.items()}
     mapping["positive_score"] = mapping.pop("score", [])
     return {field: mapping.get(field, []) for field in UNIFIED}
 
@@ -162,7 +160,7 @@ class RowReader:
         for column in self.columns["instruction"]:
             given = row.get(column)
             if given is not None and not isinstance(given, str):
-                raise DataError(f"{where}, {column}", got=_short(given), expected="a text")
+                raise DataError(f"{where}, {column}", got=short(given), expected="a text")
             instruction = given or instruction
         return text, instruction
 
@@ -223,7 +221,7 @@ def _text(value: Any, where: str) -> tuple[str, str | None]:
         return value, None
     if _is_triple(value):
         return value[1] + value[2], value[0] or None
-    raise DataError(where, got=_short(value), expected='a text, or ["instruction", "", "text"]')
+    raise DataError(where, got=short(value), expected='a text, or ["instruction", "", "text"]')
 
 
 def _is_triple(value: Any) -> bool:
@@ -231,18 +229,16 @@ def _is_triple(value: Any) -> bool:
 
 
 def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(where, got=_short(value), expected="a finite number")
-    return float(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise DataError(where, got=short(value), expected="a finite number")
 
 
 def _listed(row: dict[str, Any]) -> str:
-    return ", ".join(map(str, list(row)[:12])) or "none"
+    return ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
 
 
 def _name(columns: list[str], otherwise: str) -> str:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig
@@ -29,16 +30,20 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx")
 
 
-def load_encoder(settings: ModelSection) -> SentenceTransformer:
-    """The base model of a config, with its prompts, lengths and dropout.
+def load_encoder(settings: ModelSection, device: str | None = None) -> SentenceTransformer:
+    """The base model of a config in float32, with its prompts, lengths and dropout.
 
     Raises:
         CheckpointError: no such model, no weights, a broken tokenizer or hidden size.
     """
     path = locate(settings.base)
-    encoder = open_model(path, _dropout(path, settings))
+    encoder = open_model(path, _dropout(path, settings), device=device, dtype=torch.float32)
     given = {role: getattr(settings.prompts, role) for role in ROLES}
-    encoder.prompts = {**encoder.prompts, **{role: prompt for role, prompt in given.items() if prompt is not None}}
+    encoder.prompts = {
+        **dict.fromkeys(ROLES, ""),
+        **encoder.prompts,
+        **{role: prompt for role, prompt in given.items() if prompt is not None},
+    }
     lengths = {role: getattr(settings.max_length, role) for role in ROLES}
     limit = _position_limit(encoder)
     for role, length in lengths.items():
@@ -53,8 +58,14 @@ def load_encoder(settings: ModelSection) -> SentenceTransformer:
     return encoder
 
 
-def open_model(path: str, config_kwargs: dict[str, Any] | None = None) -> SentenceTransformer:
-    """The model in a folder or on the hub, on the device sentence-transformers chooses.
+def open_model(
+    path: str,
+    config_kwargs: dict[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SentenceTransformer:
+    """The model in a folder or on the hub; device and number type as sentence-transformers chooses if not given.
 
     Raises:
         CheckpointError: it cannot be loaded, or is not what its files say.
@@ -63,22 +74,23 @@ def open_model(path: str, config_kwargs: dict[str, Any] | None = None) -> Senten
     if folder.is_dir():
         check_weights(folder)
     try:
-        encoder = SentenceTransformer(
-            path, config_kwargs=config_kwargs, model_kwargs={"attn_implementation": _attention()}
-        )
+        model_kwargs = {"attn_implementation": _attention()} | ({"dtype": dtype} if dtype is not None else {})
+        encoder = SentenceTransformer(path, device=device, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
+        _check_loaded(encoder, path)
         if encoder.tokenizer is not None:
-            encoder.preprocess(["a"])
             _check_vocabulary(encoder, path)
+            _check_embedding(encoder, path)
     except CheckpointError:
         raise
     except Exception as error:  # loaders of many libraries raise many kinds
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "ignore_mismatched_sizes" in reason:
+            reason = "weights of other sizes than config.json says"
         raise CheckpointError(
             f"model {path}", got=reason, expected="a folder or hub id of a SentenceTransformer or Transformers model"
         ) from error
-    roles = folder / ROLE_FILE
-    if roles.is_file():
-        set_lengths(encoder, json.loads(roles.read_text(encoding="utf-8"))["max_length"])
+    if (folder / ROLE_FILE).is_file():
+        set_lengths(encoder, _read_lengths(folder / ROLE_FILE))
     return encoder
 
 
@@ -104,12 +116,13 @@ def locate(base: str) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def set_lengths(encoder: SentenceTransformer, lengths: dict[Role, int]) -> None:
+def set_lengths(encoder: SentenceTransformer, lengths: Mapping[Role, int]) -> None:
     """Sets the tokens kept per role, where sentence-transformers reads them."""
-    for role, tokens in lengths.items():
-        setattr(encoder[0], f"{role}_length", tokens)
-    known = [length for role in ROLES if (length := max_length(encoder, role)) is not None]
-    if known:
+    resolved = [lengths.get(role, max_length(encoder, role)) for role in ROLES]
+    for role, length in zip(ROLES, resolved, strict=True):
+        setattr(encoder[0], f"{role}_length", length)
+    known = [length for length in resolved if length is not None]
+    if len(known) == len(ROLES):
         encoder.max_seq_length = max(known)  # what a plain `encode` keeps
 
 
@@ -161,7 +174,7 @@ def bf16_pays(device: torch.device) -> bool:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuses a model folder without weight files, before a loader would make random ones."""
+    """Refuses a model folder without weight files or with truncated ones, before a loader would make random ones."""
     if not any(file for pattern in WEIGHT_FILES for file in folder.rglob(pattern)):
         raise CheckpointError(
             f"model {folder}",
@@ -169,10 +182,69 @@ def check_weights(folder: Path) -> None:
             expected="model.safetensors (or its shards) in it",
             fix="check the path, or download the model again",
         )
+    for file in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"model {folder}, {file.relative_to(folder)}",
+                got=error,
+                expected="a whole safetensors file",
+                fix="download or copy it again",
+            ) from None
+
+
+def _read_lengths(file: Path) -> dict[Role, int]:
+    try:
+        lengths = json.loads(file.read_text(encoding="utf-8"))["max_length"]
+        return {role: int(lengths[role]) for role in ROLES if lengths.get(role) is not None}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"file {file}",
+            got=f"{type(error).__name__} ({error})",
+            expected='{"max_length": {"query": ..., "document": ..., "similarity": ...}}',
+            fix="mend or delete the file",
+        ) from None
+
+
+def _check_loaded(encoder: SentenceTransformer, path: str) -> None:
+    """Weights that the files lack are made up at random by transformers, so they are refused here.
+
+    A missing pooler is usual and harmless. transformers marks each parameter it has loaded; adapters are not marked.
+    """
+    model = encoder[0].model if isinstance(encoder[0], Transformer) else None
+    if model is None or getattr(model, "_hf_peft_config_loaded", False):
+        return
+    loaded = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in model.named_parameters()}
+    missing = [name for name, is_loaded in loaded.items() if not is_loaded and "pooler" not in name]
+    if missing and any(loaded.values()):
+        raise CheckpointError(
+            f"model {path}",
+            got=f"no weights for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            expected="all weights that its config.json names",
+            fix="use the config.json the weights were saved with, or download the model again",
+        )
+
+
+def _check_embedding(encoder: SentenceTransformer, path: str) -> None:
+    """One text through all modules: sizes that do not fit raise, damaged weights give NaN."""
+    embedding = encoder.encode(["a"], convert_to_tensor=True, show_progress_bar=False)
+    if not bool(torch.isfinite(embedding).all()):
+        raise CheckpointError(
+            f"model {path}", got="an embedding that holds nan", expected="finite weights", fix="use an undamaged model"
+        )
 
 
 def _check_vocabulary(encoder: SentenceTransformer, path: str) -> None:
-    """A tokenizer of another model trains without a word, so it is refused here."""
+    """A tokenizer of another model, or one without words, trains without complaint, so it is refused here."""
+    if len(encoder.tokenizer) <= len(set(encoder.tokenizer.all_special_ids)):
+        raise CheckpointError(
+            f"model {path}, tokenizer",
+            got="special tokens only",
+            expected="a vocabulary (tokenizer.json, vocab.txt or a SentencePiece model) in the folder",
+            fix="copy the tokenizer files of the model into it",
+        )
     rows = encoder[0].model.get_input_embeddings().weight.shape[0] if isinstance(encoder[0], Transformer) else None
     if rows is not None and len(encoder.tokenizer) > rows:
         raise CheckpointError(
@@ -192,9 +264,12 @@ def _position_limit(encoder: SentenceTransformer) -> int | None:
 
 def _dropout(path: str, settings: ModelSection) -> dict[str, float]:
     """The dropout settings under the names that this architecture uses."""
+    inner = [
+        str(file.parent) for file in Path(path).glob("0_*/config.json")
+    ]  # where older folders keep the transformer
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError):
+        config = AutoConfig.from_pretrained((inner or [path])[0])
+    except Exception:  # transformers raises many kinds
         return {}  # not a transformers folder, or a broken one: open_model says which
     wanted: dict[str, float] = {}
     for names, value in ((HIDDEN_DROPOUT, settings.dropout.hidden), (ATTENTION_DROPOUT, settings.dropout.attention)):

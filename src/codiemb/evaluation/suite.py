@@ -67,6 +67,19 @@ def evaluate_suite(
     return results
 
 
+def require_readable(suite: list[Source]) -> None:
+    """Reads every data set once, so that a faulty one is told before anything is encoded or written.
+
+    Raises:
+        DataError: as the readers.
+    """
+    for source in suite:
+        if source.task == "retrieval":
+            retrieval.load_collection(source)
+        else:
+            load_records(source, keep_duplicates=True)
+
+
 def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores:
     """Every judged query of the split against the whole corpus, by exact search."""
     collection = retrieval.load_collection(source)

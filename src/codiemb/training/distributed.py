@@ -49,6 +49,14 @@ def joined(tensor: Tensor) -> tuple[Tensor, int]:
     return torch.cat(rows), sum(sizes[: rank()])
 
 
+def total(counts: list[int], device: torch.device) -> Tensor:
+    """The counts of all ranks, added; int64 [count]."""
+    tensor = torch.tensor(counts, dtype=torch.int64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:
     """The same value with its gradient multiplied."""
     return loss if factor == 1 else loss.detach() + factor * (loss - loss.detach())

@@ -18,6 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from codiemb.training.distributed import total
+
+COUNTS = ("rows", "tokens", "padded_tokens")  # over all ranks
+
 
 class MetricsLog(TrainerCallback):
     """Writes what each step did, and shows it.
@@ -45,9 +49,7 @@ class MetricsLog(TrainerCallback):
             "task": "+".join(batch["task"] for batch in batches),
             "loss": torch.stack([objective["loss"] for objective in objectives]).sum(),
             **parts,
-            "rows": sum(batch["rows"] for batch in batches),
-            "tokens": sum(batch["tokens"] for batch in batches),
-            "padded_tokens": sum(batch["padded_tokens"] for batch in batches),
+            "counts": total([sum(batch[name] for batch in batches) for name in COUNTS], objectives[0]["loss"].device),
             "candidates_per_query": contrastive[0] if contrastive else None,
         }
         self.by_task = {batch["task"]: objective["loss"] for batch, objective in zip(batches, objectives, strict=True)}
@@ -59,7 +61,7 @@ class MetricsLog(TrainerCallback):
         kept = []
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+            kept = lines[: state.global_step]  # a line a step; what comes after is done again
         self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="train", file=sys.stderr)
 
@@ -75,29 +77,35 @@ class MetricsLog(TrainerCallback):
             "peak_memory_bytes": peak_memory_bytes(),
             "learning_rate": self.learning_rate,
         }
-        self.tokens += line["tokens"]
         self.seconds += line["seconds"]
         self.waiting.append(line)
         if self.bar is not None:
             self.bar.update(1)
         if state.global_step % args.logging_steps == 0:
-            self._write()
+            self.write()
         self.mark = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write()
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """What was done since the last step (a checkpoint, an evaluation) is not the next step's time."""
         self.mark = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._write()
+        self.write()
         if self.bar is not None:
             self.bar.close()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Writes the lines that wait."""
         if self.bar is not None and self.waiting:
             with self.path.open("a", encoding="utf-8") as file:
-                for line in self.waiting:
-                    file.write(json.dumps({name: _number(value) for name, value in line.items()}) + "\n")
+                for waiting in self.waiting:
+                    counts = dict(zip(COUNTS, waiting["counts"].tolist(), strict=True))
+                    self.tokens += counts["tokens"]
+                    line = {name: _number(value) for name, value in waiting.items() if name != "counts"} | counts
+                    file.write(json.dumps(line) + "\n")
             self.shown |= {task: float(loss) for task, loss in self.by_task.items()}
             losses = {f"loss {task}": f"{loss:.3f}" for task, loss in sorted(self.shown.items())}
             self.bar.set_postfix({**losses, "tokens/s": f"{self.tokens / max(self.seconds, 1e-9):.0f}"})

@@ -21,15 +21,16 @@ from sentence_transformers import SentenceTransformer
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
-from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
+from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config, load_suite
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
-from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
+from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.evaluation.suite import average, evaluate_suite
+from codiemb.evaluation.suite import average, evaluate_suite, require_readable
+from codiemb.files import nearest_folder, require_folder
 from codiemb.training.card import write_card
 from codiemb.training.distributed import barrier, rank, world_size
-from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint
+from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint, training_arguments
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,18 @@ class TrainResult:
     suite: list[Source]
 
 
-def prepare(config: Config) -> Prepared:
-    """Reads data and model, and plans the run; writes nothing into it.
+def prepare(config: Config, device: str | None = None) -> Prepared:
+    """Reads data and model (onto `device`, else the fastest there is), and plans the run; writes nothing into it.
 
     Raises:
         CodiembError: whatever is wrong with the configuration, the data or the model.
     """
     records = {source.name: load_records(source) for source in config.data}
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
+    require_readable(suite)
     set_seed(config.seed)
-    encoder = load_encoder(config.model)
+    encoder = load_encoder(config.model, device)
+    training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
 
@@ -103,13 +106,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         CodiembError: a mistake in the input; nothing has been written then.
     """
     run = Path(config.output_dir)
-    checkpoint = _look_at_run_folder(run, resume, overwrite)
+    checkpoint = _look_at_run_folder(config, resume, overwrite)
     prepared = prepare(config)
     encoder, suite = prepared.encoder, prepared.suite
     _require_disk(run, encoder, config)
     trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, [])
     if config.evaluation.every_steps and suite:
-        trainer.add_callback(_EvaluateDuring(encoder, suite, run, config.evaluation.every_steps))
+        trainer.add_callback(_EvaluateDuring(trainer, suite, config.evaluation.every_steps))
 
     logger.info(prepared.report.text())
     logger.info(_settings_text(prepared, trainer))
@@ -155,8 +158,14 @@ def results_table(result: TrainResult) -> str:
     return "\n".join(lines)
 
 
-def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None:
+def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to resume from, or None."""
+    run = Path(config.output_dir)
+    require_folder("output_dir", run)
+    if overwrite and resume:
+        raise ConfigError(
+            "--resume --overwrite", got="both", expected="one of them, because the second removes the run"
+        )
     if overwrite:
         return None
     if (run / "model").exists():
@@ -178,7 +187,22 @@ def _look_at_run_folder(run: Path, resume: bool, overwrite: bool) -> Path | None
             expected="a new folder",
             fix="add --resume to go on or --overwrite to start again",
         )
+    if checkpoint is not None:
+        check_weights(checkpoint)
+        _require_same(config, run / "config.yaml")
     return checkpoint
+
+
+def _require_same(config: Config, file: Path) -> None:
+    """Refuses to go on with a run under other settings: its plan and its schedule would be another's."""
+    started, now = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
+    if different := [section for section in now if now[section] != started[section]]:
+        raise ConfigError(
+            f"--resume, {', '.join(different)}",
+            got="other settings than the run was started with",
+            expected=f"those in {file}",
+            fix=f"resume with them (codiemb train {file} --resume), or start a new run",
+        )
 
 
 def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
@@ -187,6 +211,7 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+    shutil.rmtree(run / ".writing", ignore_errors=True)  # of a save that was cut off
     run.mkdir(parents=True, exist_ok=True)
     environment = {
         "versions": versions(),
@@ -227,19 +252,19 @@ def _evaluate(encoder: SentenceTransformer, suite: list[Source], out: Path, when
 class _EvaluateDuring(TrainerCallback):
     """Evaluates the suite every so many steps, into eval/step-<n>."""
 
-    def __init__(self, encoder: SentenceTransformer, suite: list[Source], run: Path, every: int) -> None:
-        self.encoder, self.suite, self.run, self.every = encoder, suite, run, every
+    def __init__(self, trainer: JointTrainer, suite: list[Source], every: int) -> None:
+        self.trainer, self.suite, self.every = trainer, suite, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             step = f"step-{state.global_step}"
-            _evaluate(self.encoder, self.suite, self.run / "eval" / step, f"at {step}")
+            _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
+            self.trainer.step_log.restart_clock()
 
 
 def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
     """Refuses a run whose checkpoints cannot be written."""
-    existing = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_folder(run)).free
     checkpoints = 0 if config.train.save_strategy == "no" else 1
     needed = checkpoint_bytes(encoder) * (checkpoints + 1)
     if free < needed:

@@ -11,6 +11,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -24,7 +25,7 @@ from codiemb.training.distributed import barrier, rank, world_size
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 
-OURS = {"bf16", "warmup_ratio", "gradient_accumulation_steps"}
+OURS = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
 class JointTrainer(Trainer):
@@ -49,6 +50,8 @@ class JointTrainer(Trainer):
         arguments = training_arguments(config, encoder.device)
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size())
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
+        if config.train.gradient_checkpointing:
+            encoder.gradient_checkpointing_enable()
         super().__init__(
             model=JointModel(encoder, config.losses), args=arguments, callbacks=[self.step_log, *callbacks]
         )
@@ -73,6 +76,7 @@ class JointTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         writing = run / ".writing"
         name = f"checkpoint-{self.state.global_step}"
+        self.step_log.write()
         self.args.output_dir = str(writing)
         try:
             super()._save_checkpoint(model, trial)
@@ -120,6 +124,14 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         raise ConfigError(
             "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
         ) from None
+    trackers = get_available_reporting_integrations()
+    if missing := [name for name in arguments.report_to or () if name not in trackers]:
+        raise ConfigError(
+            "train.report_to",
+            got=f"{missing[0]!r}, which is not installed or not known to transformers",
+            expected=f"none or one of {', '.join(trackers)}" if trackers else "none",
+            fix="install it or change train.report_to",
+        )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
 

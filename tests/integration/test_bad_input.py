@@ -1,0 +1,623 @@
+"""Whatever the user gets wrong ends as one line on stderr, exit 2, no traceback, and nothing left behind."""
+
+import gzip
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+import zstandard
+
+from codiemb import cli
+
+LONG = "x" * 300_000
+
+
+def test_the_workplace_itself_is_sound(workplace):
+    """Guards the tests below: what they break is what is refused."""
+    workplace.run("check")
+    workplace.run("train")
+    assert (workplace.folder / "run" / "model" / "model.safetensors").is_file()
+
+
+# ---- configuration ----
+
+CONFIGS = {
+    "empty file": ("", ["config.yaml", "nothing", "a mapping"]),
+    "only a comment": ("# later\n", ["config.yaml", "nothing", "a mapping"]),
+    "list": ("- model\n", ["a list", "a mapping"]),
+    "a word": ("hello\n", ["a str", "a mapping"]),
+    "YAML syntax": ("model:\n  base: a\ndata: [1, 2\ntrain: {}\n", ["line 4", "valid YAML"]),
+    "a tab": ("model:\n\tbase: a\n", ["line 2", "valid YAML"]),
+    "binary": (b"\x00\x01\x02\xff\xfe", ["config.yaml", "expected"]),
+    "not UTF-8": ("output_dir: caf\xe9".encode("latin-1"), ["config.yaml", "UTF-8"]),
+    "unhashable key": ("{[a]: 1}: 2\n", ["config.yaml", "line 1"]),
+    "unknown tag": ("a: !!python/object:os.system {}\n", ["line 1"]),
+    "recursive alias": ("&a [*a]\n", ["a list", "a mapping"]),
+    "a key twice": ("seed: 1\nseed: 2\n", ["seed", "line 2"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+@pytest.mark.parametrize("verb", ["check", "train"])
+def test_config_file(workplace, case, verb):
+    content, words = CONFIGS[case]
+    workplace.write("config.yaml", content)
+    workplace.refused(*words, verb=verb)
+
+
+SETTINGS = {
+    "unknown key": (
+        {"train.lerning_rate": 1e-4},
+        ["train.lerning_rate", "unknown key", "did you mean 'learning_rate'?"],
+    ),
+    "unknown section": ({"modle": {}}, ["modle", "did you mean 'model'?"]),
+    "unknown key of a source": ({"data.0.taks": "retrieval"}, ["data.0.taks", "did you mean 'task'?"]),
+    "unknown column": ({"data.0.columns": {"qeury": "a"}}, ["data.0.columns.qeury", "'query'"]),
+    "wrong type": ({"train.max_steps": "many"}, ["train.max_steps", "'many'", "integer"]),
+    "section is a word": ({"train": "fast"}, ["train", "'fast'"]),
+    "source is a word": ({"data.0": "queries.jsonl"}, ["data.0", "'queries.jsonl'"]),
+    "data is a mapping": ({"data": {"name": "a"}}, ["data", "list"]),
+    "data is empty": ({"data": []}, ["data", "at least 1"]),
+    "union": ({"train.bf16": "maybe"}, ["train.bf16: got 'maybe', expected 'auto' or a valid boolean\n"]),
+    "two faults": (
+        {"train.max_steps": "many", "model.dropout.hidden": 3},
+        ["train.max_steps", "model.dropout.hidden", "; "],
+    ),
+    "fault and unknown key": ({"train.lr": 1, "seed": -1}, ["train.lr", "seed: got -1", "; "]),
+    "fault and batch of one": (
+        {"train.lr": 1, "batching.similarity.batch_size": 1},
+        ["train.lr", "batching.similarity.batch_size", "rank loss"],
+    ),
+    "batch of one": ({"batching.similarity.batch_size": 1}, ["batching.similarity.batch_size: got 1", "at least 2"]),
+    "same name twice": ({"data.1.name": "queries"}, ["'queries' twice"]),
+    "upside-down range": ({"data.1.score_range": [5, 0]}, ["data.1.score_range: got [5, 0], expected [lowest"]),
+    "range of NaN": ({"data.1.score_range": [0, float("nan")]}, ["data.1.score_range"]),
+    "accumulation": ({"train.gradient_accumulation_steps": 4}, ["gradient_accumulation_steps: got 4", "expected 1"]),
+    "no weight at all": (
+        {"losses.similarity": {"pearson": 0, "rank_kl": 0, "pro": 0, "mid_nce": 0}},
+        ["losses.similarity", "all four weights are 0"],
+    ),
+    "name with a slash": ({"data.0.name": "../x"}, ["data.0.name: got '../x'"]),
+    "no base": ({"model": {}}, ["model.base: got nothing"]),
+    "unknown schedule": ({"batching.schedule": "randm"}, ["batching.schedule: got 'randm'", "'proportional'"]),
+    "weight missing": ({"batching.schedule": "weights"}, ["batching.weights", "'queries'"]),
+    "stage unknown": (
+        {"batching.schedule": "staged", "batching.stages": [["retrieval"], ["similarty"]]},
+        ["batching.stages", "did you mean 'similarity'?"],
+    ),
+    "scheduler that transformers lacks": ({"train.lr_scheduler_type": "liner"}, ["train", "liner"]),
+    "optimizer that transformers lacks": ({"train.optim": "adamm"}, ["train", "adamm"]),
+    "tracker that is not installed": ({"train.report_to": "no_such_tracker"}, ["no_such_tracker"]),
+    "bundled model unknown": ({"model.base": "bundled:big"}, ["bundled:big", "all-MiniLM-L6-v2"]),
+    "positions": ({"model.max_length.query": 4096}, ["model.max_length.query", "4096", "32"]),
+    "huge number": ({"seed": 2**70}, ["seed"]),
+    "long value": ({"train.max_steps": LONG}, ["train.max_steps"]),
+}
+
+
+def put(config: dict, key: str, value: object) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[int(parent)] if isinstance(config, list) else config.setdefault(parent, {})
+    config[int(last) if isinstance(config, list) else last] = value
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_setting(workplace, case):
+    settings, words = SETTINGS[case]
+    for key, value in settings.items():
+        put(workplace.config, key, value)
+    workplace.refused(*words)
+
+
+OVERRIDES = {
+    "no equals sign": ("train.max_steps", ["'train.max_steps'", "no '='"]),
+    "no key": ("=3", ["'=3'"]),
+    "place out of the list": ("data.7.split=a", ["'data.7.split=a'", "from 0 to 1"]),
+    "word in a list": ("data.first=a", ["data.first", "from 0 to 1"]),
+    "below a value": ("output_dir.low=3", ["output_dir.low", "a section"]),
+    "empty part": ("train..x=3", ["train"]),
+    "unknown key": ("train.max_step=3", ["max_step", "did you mean 'max_steps'?"]),
+    "not YAML": ("train.run_name={", ["train.run_name", "YAML"]),
+    "wrong type": ("train.max_steps=soon", ["train.max_steps: got 'soon'"]),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES)
+def test_override(workplace, case):
+    override, words = OVERRIDES[case]
+    workplace.refused(*words, arguments=(override,))
+
+
+def test_config_that_is_missing_or_a_folder(workplace):
+    workplace.refuses(lambda: cli.main(["train", str(workplace.folder / "none.yaml")]), "none.yaml", "check the path")
+    workplace.refuses(lambda: cli.main(["train", str(workplace.folder)]), str(workplace.folder), "YAML file")
+
+
+# ---- data files ----
+
+
+def line(**fields: object) -> str:
+    return json.dumps(fields) + "\n"
+
+
+GOOD = line(query="a cat", positives=["the cat"])
+PAIR = line(query="a cat", positives=["the cat"], positive_scores=[0.5])
+RETRIEVAL_FILES = {
+    "empty": ("", ["an empty file"]),
+    "blank lines": ("\n  \n\n", ["an empty file"]),
+    "only a BOM": (b"\xef\xbb\xbf", ["an empty file"]),
+    "invalid JSON at line 3": (GOOD + GOOD.replace("cat", "dog") + '{"query": "x", \n', ["line 3", "invalid JSON"]),
+    "two objects in a line": ('{"query": "x"} {}\n', ["line 1", "invalid JSON"]),
+    "JSON array over many lines": (
+        json.dumps([{"query": "a", "positives": ["b"]}], indent=1),
+        ["line 1", "JSON array", "one JSON object a line"],
+    ),
+    "JSON array in one line": ('[{"query": "a", "positives": ["b"]}]', ["line 1", "array", "one JSON object a line"]),
+    "an array a line": ('["a", "b"]\n', ["line 1", "array"]),
+    "one object over many lines": (
+        json.dumps({"query": "a", "positives": ["b"]}, indent=1),
+        ["line 1", "invalid JSON"],
+    ),
+    "without query": (GOOD + line(positives=["b"]), ["line 2", "query", "positives"]),
+    "query is a number": (line(query=3, positives=["b"]), ["line 1, query", "got 3", "a text"]),
+    "query is null": (line(query=None, positives=["b"]), ["line 1, query"]),
+    "positives empty": (GOOD + line(query="a", positives=[]), ["line 2, positives", "at least one positive"]),
+    "positives missing": (line(query="a", text="b"), ["line 1, positives", "query, text"]),
+    "positives of blanks": (line(query="a", positives=["  "]), ["no usable row of 1", "no positive with text"]),
+    "positives hold a number": (line(query="a", positives=["b", 5]), ["line 1, positives", "got 5"]),
+    "positives are an object": (line(query="a", positives={"b": 1}), ["line 1, positives"]),
+    "positives are a number": (line(query="a", positives=7), ["line 1, positives", "got 7"]),
+    "instruction is a number": (line(query="a", positives=["b"], instruction=7), ["line 1, instruction", "got 7"]),
+    "scores too few": (
+        line(query="a", positives=["b", "c"], positive_scores=[1]),
+        ["positive_scores", "1 scores", "2"],
+    ),
+    "not UTF-8": (GOOD.encode() + '{"query": "caf\xe9"}'.encode("latin-1"), ["line 2", "0xe9", "UTF-8"]),
+    "UTF-16": (GOOD.encode("utf-16"), ["line 1", "UTF-8"]),
+    "binary": (bytes(range(256)), ["line 1"]),
+    "zero bytes": (b"\x00" * 4096, ["binary"]),
+    "a long line": (json.dumps({"query": LONG, "positives": 3}), ["line 1, positives"]),
+    "a long broken line": ('{"query": "' + LONG, ["line 1", "invalid JSON"]),
+    "a long wrong value": (json.dumps({"query": {"a": LONG}, "positives": ["b"]}), ["line 1, query"]),
+    "a long key": (json.dumps({LONG: "a"}), ["line 1, query"]),
+    "deep nesting": ("[" * 100_000, ["line 1"]),
+    "huge integer": ('{"query": ' + "9" * 5000 + "}", ["line 1"]),
+    "lone surrogate": ('{"query": "\\ud800", "positives": ["b"]}', ["line 1", "surrogates not allowed"]),
+    "lone surrogate in a list": ('{"query": "a", "positives": ["\\udfff"]}', ["line 1", "surrogates not allowed"]),
+}
+PAIR_FILES = {
+    "no score": (line(query="a", positives=["b"]), ["line 1, positive_scores", "no score"]),
+    "score is a word": (
+        PAIR + line(query="a", positives=["b"], positive_scores=["high"]),
+        ["line 2", "'high'", "number"],
+    ),
+    "score is a number in quotes": (line(query="a", positives=["b"], positive_scores=["0.5"]), ["'0.5'", "number"]),
+    "score is a bool": (line(query="a", positives=["b"], positive_scores=[True]), ["True", "number"]),
+    "score is NaN": ('{"query": "a", "positives": ["b"], "positive_scores": [NaN]}', ["line 1", "nan", "finite"]),
+    "score is infinite": (
+        '{"query": "a", "positives": ["b"], "positive_scores": [1e999]}',
+        ["line 1", "inf", "finite"],
+    ),
+    "score is a huge integer": (line(query="a", positives=["b"], positive_scores=[10**400]), ["line 1", "number"]),
+    "score too high": (
+        PAIR + line(query="a", positives=["b"], positive_scores=[4.5]),
+        ["line 2", "4.5", "from 0 to 1", "score_range"],
+    ),
+    "score too low": (line(query="a", positives=["b"], positive_scores=[-0.1]), ["-0.1", "from 0 to 1"]),
+    "two positives": (line(query="a", positives=["b", "c"], positive_scores=[0, 1]), ["2 positives", "one positive"]),
+    "two scores": (line(query="a", positives=["b"], positive_scores=[0, 1]), ["2 scores"]),
+}
+
+
+@pytest.mark.parametrize("case", RETRIEVAL_FILES)
+def test_retrieval_file(workplace, case):
+    content, words = RETRIEVAL_FILES[case]
+    workplace.write("queries.jsonl", content)
+    workplace.refused("queries", *words)
+
+
+@pytest.mark.parametrize("case", PAIR_FILES)
+def test_similarity_file(workplace, case):
+    content, words = PAIR_FILES[case]
+    workplace.write("pairs.jsonl", content)
+    workplace.refused("pairs", *words)
+
+
+def csv_columns() -> dict[str, str]:
+    return {"query": "q", "positive": "p"}
+
+
+MANY = b"".join(line(q=f"{number}", p=os.urandom(20).hex()).encode() for number in range(3000))
+TABLES = {
+    "missing column": ("a.csv", "q,text\nx,y\n", ["a.csv", "line 2, p", "q, text"]),
+    "missing query column": ("a.csv", "x,p\nx,y\n", ["line 2, q", "x, p"]),
+    "ragged: too few": ("a.csv", "q,p\nx,y\nz\n", ["line 3", "number of columns", "2"]),
+    "ragged: too many": ("a.csv", "q,p\nx,y,z\n", ["line 2", "number of columns", "2"]),
+    "open quote": ("a.csv", 'q,p\nx,"y\n', ["a.csv", "CSV"]),
+    "only a header": ("a.csv", "q,p\n", ["empty"]),
+    "empty": ("a.tsv", "", ["empty"]),
+    "not UTF-8": ("a.tsv", "q\tp\nx\tcaf\xe9\n".encode("latin-1"), ["line 2", "UTF-8"]),
+    "column twice": ("a.csv", "q,p,p\nx,y,z\n", ["p", "twice"]),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(MANY)[:-20], ["a.jsonl.gz, after line", "Truncated"]),
+    "truncated zstd": ("a.jsonl.zst", zstandard.compress(MANY)[:-20], ["a.jsonl.zst, after line", "Truncated"]),
+    "not gzip": ("a.jsonl.gz", GOOD, ["a.jsonl.gz, after line 0: got", "header"]),
+    "not zstd": ("a.csv.zst", "q,p\n", ["a.csv.zst, after line 0: got", "frame"]),
+    "empty gzip": ("a.jsonl.gz", b"", ["a.jsonl.gz", "an empty file"]),
+    "not Parquet": ("a.parquet", GOOD, ["a.parquet"]),
+    "empty Parquet": ("a.parquet", b"", ["a.parquet"]),
+    "unknown suffix": ("a.xlsx", b"PK\x03\x04", ["a.xlsx", ".jsonl"]),
+    "no suffix": ("data", GOOD, ["data", ".jsonl"]),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_table(workplace, case):
+    name, content, words = TABLES[case]
+    workplace.write(name, content)
+    workplace.config["data"][0] |= {"path": name, "columns": csv_columns()}
+    workplace.refused(*words)
+
+
+def test_parquet(workplace):
+    path = workplace.folder / "a.parquet"
+    table = pa.table({"q": ["a"] * 2000, "p": ["b"] * 2000})
+    workplace.config["data"][0] |= {"path": "a.parquet", "columns": csv_columns()}
+    pq.write_table(table, path)
+    path.write_bytes(path.read_bytes()[:-30])
+    workplace.refused("a.parquet", "Parquet")
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:400] = b"\xff" * 396
+    path.write_bytes(damaged)
+    workplace.refused("a.parquet")
+    pq.write_table(pa.table({"other": ["a"]}), path)
+    workplace.refused("a.parquet", "row 1", "other")
+    pq.write_table(pa.table({"q": pa.array([], pa.string()), "p": pa.array([], pa.string())}), path)
+    workplace.refused("a.parquet", "empty")
+
+
+def test_places_of_data(workplace):
+    source = workplace.config["data"][0]
+    for path, words in {
+        "none.jsonl": ["none.jsonl", "no such file", "check `path`"],
+        "nowhere/at/all": ["nowhere/at/all", "no such file"],
+        "empty-folder": ["empty-folder", "without data files"],
+        "queries.jsonl/below": ["queries.jsonl/below"],
+        "": ["path"],
+    }.items():
+        (workplace.folder / "empty-folder").mkdir(exist_ok=True)
+        source["path"] = path
+        (workplace.folder / "config.yaml").unlink(missing_ok=True)
+        workplace.refused(*words)
+
+
+def test_a_folder_named_like_a_file(workplace):
+    (workplace.folder / "queries.jsonl").unlink()
+    (workplace.folder / "queries.jsonl").mkdir()
+    workplace.refused("queries.jsonl", "without data files")
+
+
+def test_split(workplace):
+    workplace.rows("folder/train.jsonl", {"query": "a", "positives": ["b"]})
+    workplace.config["data"][0] |= {"path": "folder", "split": "tets"}
+    workplace.refused("'queries', split", "'tets'", "train")
+
+
+QRELS = {
+    "split unknown": ("dev", "q1\td1\t1\n", ["'queries', split", "'dev'", "test"]),
+    "no split": (None, "q1\td1\t1\n", ["'queries', split", "none", "test"]),
+    "no document left": (
+        "test",
+        "query-id\tcorpus-id\tscore\nq1\tx1\t1\nq2\tx2\t1\n",
+        ["test.tsv", "no relevant pair", "2 judgement of an absent document"],
+    ),
+    "no query left": ("test", "z1\td1\t1\n", ["no relevant pair", "1 judgement of an absent query"]),
+    "zero gains": ("test", "q1\td1\t0\n", ["no relevant pair", "no gain above 0"]),
+    "empty": ("test", "", ["test.tsv", "no judgement"]),
+    "only a header": ("test", "query-id\tcorpus-id\tscore\n", ["no judgement"]),
+    "no score": ("test", "query-id\tcorpus-id\tscore\nq1\td1\n", ["test.tsv, line 2"]),
+    "score a word": ("test", "q1\td1\t1\nq1\td2\tyes\n", ["test.tsv, line 2", "score"]),
+    "score NaN": ("test", "q1\td1\t1\nq1\td2\tnan\n", ["test.tsv, line 2", "score"]),
+    "binary": ("test", bytes(range(200, 256)), ["test.tsv, line 1", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", QRELS)
+def test_qrels(workplace, case):
+    split, qrels, words = QRELS[case]
+    workplace.beir("beir", qrels)
+    workplace.config["data"][0] |= {"path": "beir", "split": split}
+    workplace.refused(*words)
+
+
+def test_beir_folder(workplace):
+    workplace.beir("beir", "q1\td1\t1\n")
+    workplace.config["data"][0] |= {"path": "beir", "split": "test"}
+    workplace.write("beir/corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d2"}\n')
+    workplace.refused("corpus.jsonl, line 2", '"text"')
+    workplace.write("beir/corpus.jsonl", '{"_id": "d1", "text": "a"}\n')
+    workplace.write("beir/queries.jsonl", '{"_id": "q1", "text": "a", "instruction": 5}\n')
+    workplace.refused("queries.jsonl, line 1", "instruction")
+    (workplace.folder / "beir" / "queries.jsonl").unlink()
+    workplace.refused("beir", "queries.jsonl")
+    workplace.config["data"][0] |= {"task": "similarity"}
+    (workplace.folder / "config.yaml").unlink()
+    workplace.refused("beir")
+
+
+def test_where_names_no_column(workplace):
+    workplace.config["data"][0]["where"] = {"langauge": "en"}
+    workplace.refused("queries.jsonl, line 1, where.langauge", "query, positives, negatives")
+
+
+# ---- suite ----
+
+SUITES = {
+    "missing": (None, ["suite.yaml", "check the path"]),
+    "empty": ("", ["suite.yaml", "nothing", "a list"]),
+    "mapping": ("a: 1\n", ["suite.yaml", "a list of data sets"]),
+    "no entry": ("[]\n", ["suite.yaml"]),
+    "unknown key": (
+        "- {name: a, task: retrieval, path: queries.jsonl, splti: x}\n",
+        ["0.splti", "did you mean 'split'?"],
+    ),
+    "unknown task": ("- {name: a, task: search, path: queries.jsonl}\n", ["0.task: got 'search'"]),
+    "entry is a word": ("- a\n", ["suite.yaml", "'a'"]),
+    "name twice": ("- {name: a, task: retrieval, path: queries.jsonl}\n" * 2, ["'a' twice"]),
+    "syntax": ("- {name: a\n- b\n", ["suite.yaml", "line 3"]),
+    "missing file": ("- {name: a, task: similarity, path: none.jsonl}\n", ["'a'", "none.jsonl"]),
+    "pairs without scores": ("- {name: a, task: similarity, path: queries.jsonl}\n", ["queries.jsonl, line 1"]),
+    "corpus broken": (
+        "- {name: a, task: retrieval, path: beir, split: test}\n",
+        ["corpus.jsonl, line 2", "invalid JSON"],
+    ),
+    "qrels of which nothing is left": ("- {name: a, task: retrieval, path: none, split: test}\n", ["no relevant pair"]),
+}
+
+
+@pytest.mark.parametrize("case", SUITES)
+@pytest.mark.parametrize("verb", ["check", "train", "evaluate"])
+def test_suite(workplace, case, verb):
+    content, words = SUITES[case]
+    workplace.beir("beir", "q1\td1\t1\n")
+    workplace.write("beir/corpus.jsonl", '{"_id": "d1", "text": "a"}\nnot json\n')
+    workplace.beir("none", "q1\tx1\t1\n")
+    if content is not None:
+        workplace.write("suite.yaml", content)
+    workplace.config["evaluation"] = {"suite": "suite.yaml"}
+    if verb != "evaluate":
+        workplace.refused(*words, verb=verb)
+        return
+    base = workplace.config["model"]["base"]
+    suite, out = str(workplace.folder / "suite.yaml"), str(workplace.folder / "out")
+    workplace.refuses(lambda: cli.main(["evaluate", base, "--suite", suite, "--out", out]), *words)
+
+
+def test_evaluate(workplace):
+    """A faulty second model or data set is told before the first is scored."""
+    base, out = workplace.config["model"]["base"], str(workplace.folder / "out")
+    good = "- {name: a, task: retrieval, path: queries.jsonl}\n"
+    suite = str(workplace.write("suite.yaml", good))
+    file = str(workplace.write("a-file", ""))
+    for models, to, words in (
+        ([str(workplace.folder / "none")], out, ["none", "no such folder"]),
+        ([base, str(workplace.folder / "none")], out, ["none", "no such folder"]),
+        ([str(workplace.folder / "suite.yaml")], out, ["suite.yaml"]),
+        (["no-such-model"], out, ["no-such-model"]),
+        ([base], file, ["a-file", "a folder"]),
+        ([base, base], out, ["twice"]),
+    ):
+        workplace.refuses(lambda m=models, t=to: cli.main(["evaluate", *m, "--suite", suite, "--out", t]), *words)
+    workplace.write("suite.yaml", good + "- {name: b, task: similarity, path: queries.jsonl}\n")
+    workplace.refuses(lambda: cli.main(["evaluate", base, "--suite", suite, "--out", out]), "queries.jsonl, line 1")
+
+
+# ---- model ----
+
+
+def changed(file: str, **settings: object):
+    def change(folder):
+        content = json.loads((folder / file).read_text()) | settings
+        (folder / file).write_text(json.dumps(content))
+
+    return change
+
+
+def written(file: str, content: bytes):
+    return lambda folder: (folder / file).write_bytes(content)
+
+
+def without(*files: str):
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def truncated(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def larger_vocabulary(folder):
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"new{number}" for number in range(9)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def without_a_layer(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if "attention" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def not_a_number(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["embeddings.LayerNorm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+MODELS = {
+    "no weights": (without("model.safetensors"), ["without weights", "model.safetensors"]),
+    "no config": (without("config.json"), ["config.json"]),
+    "config is not JSON": (written("config.json", b"{"), ["config.json"]),
+    "config is a list": (written("config.json", b"[]"), ["model"]),
+    "config is binary": (written("config.json", b"\xff\xfe\x00"), ["model"]),
+    "config without model type": (written("config.json", b"{}"), ["model"]),
+    "unknown model type": (changed("config.json", model_type="no_such_type"), ["no_such_type"]),
+    "hidden size changed": (changed("config.json", hidden_size=16), ["weights of other sizes than config.json"]),
+    "heads do not divide": (changed("config.json", hidden_size=9), ["model"]),
+    "more layers than weights": (
+        changed("config.json", num_hidden_layers=3),
+        ["no weights for encoder.layer.1", "and 31 more", "config.json"],
+    ),
+    "vocabulary of the config": (changed("config.json", vocab_size=50), ["weights of other sizes than config.json"]),
+    "intermediate size": (changed("config.json", intermediate_size=32), ["weights of other sizes than config.json"]),
+    "a size that is a word": (changed("config.json", hidden_size="big"), ["model"]),
+    "weights of a layer missing": (without_a_layer, ["no weights for encoder.layer.0.attention", "and 9 more"]),
+    "weights truncated": (truncated, ["model.safetensors"]),
+    "weights empty": (written("model.safetensors", b""), ["model.safetensors"]),
+    "weights are text": (
+        written("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n"),
+        ["model.safetensors"],
+    ),
+    "weights hold NaN": (not_a_number, ["nan"]),
+    "no tokenizer": (without("tokenizer.json"), ["tokenizer"]),
+    "no tokenizer files": (without("tokenizer.json", "tokenizer_config.json"), ["tokenizer", "special tokens only"]),
+    "tokenizer is garbage": (written("tokenizer.json", b"garbage"), ["tokenizer"]),
+    "tokenizer is an empty object": (written("tokenizer.json", b"{}"), ["tokenizer"]),
+    "tokenizer is empty": (written("tokenizer.json", b""), ["tokenizer"]),
+    "tokenizer config is garbage": (written("tokenizer_config.json", b"{{"), ["tokenizer"]),
+    "vocabulary too large": (larger_vocabulary, ["tokenizer", "embedding matrix"]),
+    "modules.json is garbage": (written("modules.json", b"["), ["model"]),
+    "codiemb.json is garbage": (written("codiemb.json", b"["), ["codiemb.json"]),
+    "codiemb.json lacks lengths": (written("codiemb.json", b"{}"), ["codiemb.json"]),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_model(workplace, case, model_folder):
+    damage, words = MODELS[case]
+    folder = workplace.folder / "model"
+    shutil.copytree(model_folder, folder)
+    damage(folder)
+    workplace.config["model"]["base"] = "model"
+    workplace.refused(str(folder), *words)
+
+
+@pytest.mark.parametrize(
+    "base", ["", ".", "./none", "none", "queries.jsonl", "~/no-such-model", "a/b/c", "org/none", "x\ny"]
+)
+def test_place_of_the_model(workplace, base):
+    workplace.config["model"]["base"] = base
+    workplace.refused("model")
+
+
+# ---- run folder and disk ----
+
+
+def test_output_dir_with_a_finished_run(workplace):
+    workplace.write("run/model/model.safetensors", b"")
+    workplace.refused("run", "a finished run", "--overwrite")
+
+
+def test_output_dir_with_an_unfinished_run(workplace):
+    workplace.write("run/checkpoint-2/model.safetensors", b"")
+    workplace.refused("run", "checkpoint-2", "--resume")
+
+
+def test_resume_without_a_checkpoint(workplace):
+    workplace.refused("--resume", "no complete checkpoint", arguments=("--resume",))
+
+
+def test_resume_from_a_damaged_checkpoint(workplace):
+    workplace.write("run/checkpoint-2/model.safetensors", b"")
+    workplace.refused("checkpoint-2", arguments=("--resume",))
+
+
+def test_output_dir_is_a_file(workplace):
+    workplace.write("run", "a file")
+    workplace.refused("run", "a file", "a folder")
+    workplace.refused("run", "a file", "a folder", arguments=("--overwrite",))
+
+
+def test_output_dir_below_a_file(workplace):
+    workplace.write("file", "a file")
+    workplace.config["output_dir"] = str(workplace.folder / "file" / "run")
+    workplace.refused("file", "a folder")
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_not_enough_disk(workplace, monkeypatch, strategy):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    workplace.config["train"]["save_strategy"] = strategy
+    workplace.refused("free disk", "expected at least", "output_dir")
+
+
+def test_overwrite_keeps_the_earlier_run_if_the_new_one_is_refused(workplace):
+    workplace.write("run/model/model.safetensors", b"")
+    workplace.write("queries.jsonl", "")
+    workplace.refused("queries", arguments=("--overwrite",))
+
+
+def test_interrupt_while_training(workplace, monkeypatch):
+    """Ctrl-C ends with 130 and says how to go on."""
+    from codiemb.training.trainer import JointTrainer
+
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    step = JointTrainer.training_step
+
+    def interrupted(trainer, *arguments, **settings):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments, **settings)
+
+    monkeypatch.setattr(JointTrainer, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        workplace.run("train")
+    shown = workplace.capsys.readouterr().err
+    assert stop.value.code == 130
+    assert "interrupted" in shown
+    assert "checkpoint-2" in shown
+    assert "--resume" in shown
+    assert "Traceback" not in shown
+    monkeypatch.setattr(JointTrainer, "training_step", step)
+    workplace.run("train", "--resume")
+    assert (workplace.folder / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_debug_shows_the_traceback(workplace):
+    from codiemb.errors import DataError
+
+    workplace.write("queries.jsonl", "")
+    with pytest.raises(DataError):
+        workplace.run("check", "--debug")
+
+
+def test_absent_documents_are_counted_and_said(workplace):
+    workplace.beir("beir", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\tx9\t1\nq2\td2\t1\nz\td1\t1\n")
+    workplace.config["data"][0] |= {"path": "beir", "split": "test"}
+    workplace.run("check")
+    shown = workplace.capsys.readouterr().out
+    assert "queries: 1 judgement of an absent document" in shown
+    assert "queries: 1 judgement of an absent query" in shown
+
+
+def test_a_byte_order_mark_is_no_fault(workplace):
+    workplace.write("queries.jsonl", b"\xef\xbb\xbf" + GOOD.encode())
+    workplace.write("config.yaml", b"\xef\xbb\xbf" + yaml.safe_dump(workplace.config).encode())
+    workplace.run("check")
+
+
+def test_a_very_long_text_is_no_fault(workplace):
+    workplace.rows("queries.jsonl", {"query": "a", "positives": ["the cat " * 100_000]})
+    workplace.run("check")
