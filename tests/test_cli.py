@@ -158,7 +158,7 @@ def test_check_writes_nothing_but_the_cache(tmp_path, monkeypatch, capsys):
             def text():
                 return "the plan"
 
-    monkeypatch.setattr(run, "prepare", lambda config: Prepared)
+    monkeypatch.setattr(run, "prepare", lambda config, device=None: Prepared)
     cli.main(["check", "config.yaml"])
     assert capsys.readouterr().out == "the plan\n"
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

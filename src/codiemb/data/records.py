@@ -55,7 +55,9 @@ def columns_of(source: Source) -> dict[str, list[str]]:
     """Which columns of the raw rows hold each field of a record."""
     if source.columns is None:
         return UNIFIED
-    mapping: dict[str, list[str]] = {field: [names] if isinstance(names, str) else list(names) for field, names in source.columns.items()}
+    mapping: dict[str, list[str]] = {
+        field: [names] if isinstance(names, str) else list(names) for field, names in source.columns.items()
+    }
     mapping["positive_score"] = mapping.pop("score", [])
     return {field: mapping.get(field, []) for field in UNIFIED}
 
