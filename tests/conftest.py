@@ -1,62 +1,73 @@
-"""A tiny random BERT as a SentenceTransformer, made here: no test needs a download."""
+"""A tiny random encoder, built here: the network is not a fixture."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
+import string
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ":", "query", *(f"word{number}" for number in range(30))]
+HIDDEN = 16
 
 
-def make_model_folder(folder, layers=3, hidden=16):
-    """Writes a SentenceTransformer folder (mean pooling) of a random BERT over `WORDS`."""
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    }
-    plain = folder.parent / f"{folder.name}-transformers"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **names).save_pretrained(plain)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=2 * hidden,
-        max_position_embeddings=32,
-    )
-    BertModel(config).save_pretrained(plain)
-    transformer = Transformer(str(plain))
-    SentenceTransformer(modules=[transformer, Pooling(hidden, "mean")], device="cpu").save(str(folder))
-    return folder
+@pytest.fixture(autouse=True)
+def cache_of_the_tests(monkeypatch, tmp_path_factory):
+    """Records are cached beside the tests' other files, never in the user's home."""
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path_factory.getbasetemp() / "codiemb-cache"))
 
 
 @pytest.fixture(scope="session")
 def tiny_model_folder(tmp_path_factory):
-    return make_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+    """A SentenceTransformer: BERT of 3 layers and width 16, mean pooling, one token a letter, no dropout.
+
+    The weights are drawn wide, so that different texts get different embeddings.
+    """
+    parts, folder = tmp_path_factory.mktemp("tiny-parts"), tmp_path_factory.mktemp("tiny")
+    tokenizer = _letter_tokenizer()
+    tokenizer.save_pretrained(parts)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(parts)
+    model = SentenceTransformer(modules=[Transformer(str(parts)), Pooling(HIDDEN, "mean")], device="cpu")
+    model.save(str(folder), create_model_card=False)
+    return folder
 
 
 @pytest.fixture
 def tiny_encoder(tiny_model_folder):
-    return SentenceTransformer(str(tiny_model_folder), device="cpu")
+    """A fresh copy of the tiny model, in evaluation mode."""
+    return SentenceTransformer(str(tiny_model_folder), device="cpu").eval()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory):
-    """Records are cached in a folder of the test run, not in the user's."""
-    os.environ["CODIEMB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+def _letter_tokenizer():
+    pieces = [*string.ascii_lowercase, *(f"##{letter}" for letter in string.ascii_lowercase), *string.digits, *":.,?"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {piece: number for number, piece in enumerate(special + pieces)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+    )

@@ -11,18 +11,20 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config, train
+from codiemb.errors import ConfigError
 from codiemb.training.metrics import MetricsLog
 
+LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
 RETRIEVAL = [
     {
-        "query": f"word{n} word{n + 1}",
-        "positives": [f"word{n} word{n + 2} word{n + 3}"] * 1 + [f"word{n} word9"] * (n % 2),
+        "query": f"{LETTERS[n]} {LETTERS[n + 1]}",
+        "positives": [f"{LETTERS[n]} {LETTERS[n + 2]}", f"{LETTERS[n]} t"][: 1 + n % 2],
     }
-    | ({"negatives": [f"word{(n + 7) % 20} word{(n + 5) % 20}"]} if n % 3 else {})
+    | ({"negatives": [f"{LETTERS[(n + 7) % 20]} {LETTERS[(n + 5) % 20]}"]} if n % 3 else {})
     for n in range(13)
 ]
 PAIRS = [
-    {"query": f"word{n} word3", "positives": [f"word{n} word{n % 5}"], "positive_scores": [(n % 5) / 4]}
+    {"query": f"{LETTERS[n]} d", "positives": [f"{LETTERS[n]} {LETTERS[n % 5]}"], "positive_scores": [(n % 5) / 4]}
     for n in range(11)
 ]
 
@@ -56,11 +58,11 @@ def weights(folder):
     return SentenceTransformer(str(folder)).state_dict()
 
 
-def assert_equal_weights(one, other, **tolerance):
+def assert_equal_weights(one, other, leave_out=(), **tolerance):
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], **tolerance)
+    for name in one.keys() - {name for name in one if name.endswith(tuple(leave_out))}:
+        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
 
 
 def test_a_run_leaves_the_files_of_the_contract(config_file, tmp_path):
@@ -107,8 +109,8 @@ def test_training_changes_every_layer_and_lowers_the_loss(config_file, tmp_path,
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
-    whole = load_config(config_file, [f"output_dir={tmp_path / 'whole'}"])
-    train(whole)
+    dropout = "model.dropout.hidden=0.1"
+    train(load_config(config_file, [dropout, f"output_dir={tmp_path / 'whole'}"]))
     original = MetricsLog.on_step_begin
 
     def stop(self, args, state, control, **kwargs):
@@ -116,12 +118,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
             raise KeyboardInterrupt
         original(self, args, state, control, **kwargs)
 
-    config = load_config(config_file)
+    config = load_config(config_file, [dropout])
     monkeypatch.setattr(MetricsLog, "on_step_begin", stop)
     with pytest.raises(KeyboardInterrupt, match="checkpoint-6; go on with --resume"):
         train(config)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(ConfigError, match=r"--resume, seed: got other settings"):
+        train(load_config(config_file, [dropout, "seed=7"]), resume=True)
     train(config, resume=True)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -145,7 +149,11 @@ def test_evaluation_during_training(config_file, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(config_file, tmp_path):
-    """Dropout off, so that one process and two see the same batches and make the same weights."""
+    """Dropout off, so that one process and two see the same batches and make the same weights.
+
+    A key's bias adds the same number to all attention logits of a row: its true gradient is 0, so Adam scales up
+    rounding, and it is left out.
+    """
     overrides = ["model.dropout={hidden: 0, attention: 0}", "train.max_steps=7"]
     train(load_config(config_file, [*overrides, f"output_dir={tmp_path / 'one'}"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
@@ -155,5 +163,5 @@ def test_two_processes_train_the_same_model(config_file, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         timeout=300,
     )
-    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", rtol=0, atol=1e-5)
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", ["key.bias"], rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
