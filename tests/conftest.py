@@ -1,6 +1,9 @@
 """A tiny random encoder, built here: the network is not a fixture."""
 
+import os
 import string
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported
 
 import pytest
 import torch
