@@ -14,7 +14,7 @@ BIN := .venv/bin
 install: .venv/installed
 
 demo: install
-	$(BIN)/codiemb demo --out runs/demo
+	$(BIN)/codiemb demo --out runs/demo --overwrite
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" --durations 5

@@ -44,7 +44,7 @@ def demo(arguments: argparse.Namespace) -> None:
     from codiemb.demo import CONFIG
 
     arguments.config, arguments.overrides = CONFIG, [f"output_dir={json.dumps(arguments.out)}"]
-    arguments.resume, arguments.overwrite = False, True
+    arguments.resume = False
     train(arguments)
 
 
@@ -86,6 +86,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     require_folder("--out", Path(arguments.out))
     _quiet_libraries()
+    import torch
+
     from codiemb.encoder.model import locate, open_model
     from codiemb.evaluation.suite import evaluate_suite, require_readable
 
@@ -93,7 +95,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_readable(suite)
     for name, model in zip(names, located, strict=True):
         print(f"model {model}")
-        evaluate_suite(open_model(model), suite, Path(arguments.out) / name, bf16=arguments.bf16)
+        evaluate_suite(open_model(model, dtype=torch.float32), suite, Path(arguments.out) / name, bf16=arguments.bf16)
     print(f"results in {arguments.out}")
 
 
@@ -126,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     shown = verb(demo, "check, train and evaluate on the shipped data with the bundled encoder (minutes, no network)")
     shown.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    shown.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
 
     for run, help in (
         (check, "resolve a config, read its data and print the plan; trains nothing"),

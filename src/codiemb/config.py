@@ -158,11 +158,11 @@ class Train(Section):
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     max_steps: Annotated[int, Field(ge=-1)] = -1
-    warmup_ratio: Fraction = 0.03
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     lr_scheduler_type: str = "linear"
     weight_decay: Weight = 0.0
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.999
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     optim: str = "adamw_torch_fused"
     max_grad_norm: Weight = 1.0
@@ -286,6 +286,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     config.data = [_absolute(source, root) for source in config.data]
     if config.evaluation.suite:
         config.evaluation.suite = str((folder / Path(config.evaluation.suite).expanduser()).resolve())
+    config.output_dir = str(Path(config.output_dir).expanduser())
     config.data_root = str(root.resolve()) if config.data_root else None
     if _is_local(config.model.base, folder):
         config.model.base = str((folder / config.model.base).resolve())

@@ -156,3 +156,9 @@ def test_seed_and_epoch_change_the_rows_but_a_new_source_does_not():
 def test_longest_run():
     assert make("staged", {"r1": 50, "s": 30}).longest_run() == 5
     assert make("round_robin", {"r1": 50, "s": 30}).longest_run() == 1
+
+
+def test_no_row_is_left_alone():
+    """65 rows in batches of 32 would leave one: it takes a companion from the batch before."""
+    plan = make("proportional", {"s": 65}, batch_size=32)
+    assert sorted(len(step.batches[0].rows) for step in plan.steps(0)) == [2, 31, 32]

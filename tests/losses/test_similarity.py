@@ -303,3 +303,13 @@ def test_other_shapes_are_refused_by_mid_nce():
 def test_a_temperature_not_above_zero_is_refused(loss, temperature):
     with pytest.raises(ValueError, match=r"^temperature: got"):
         loss(cosines(), labels("graded"), temperature=temperature)
+
+
+def test_mid_nce_does_not_push_a_text_away_from_itself():
+    """Pairs (a, b) and (b, a): with ids nothing is left to compare with, so the loss is 0; without, a meets a."""
+    a, b = torch.eye(2)
+    left, right, target = torch.stack([a, b]), torch.stack([b, a]), torch.ones(2)
+    ids = {"left_ids": torch.tensor([1, 2]), "right_ids": torch.tensor([2, 1])}
+    assert mid_nce(left, right, target, **ids).item() == 0
+    # s(a, b) = 0 against s(a, a) = 1 at temperature 0.02: log(1 + e^50) = 50
+    assert mid_nce(left, right, target).item() == pytest.approx(50)

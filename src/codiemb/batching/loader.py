@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from codiemb.batching.plan import Batch, Plan, Step, slice_of
 from codiemb.config import Role
-from codiemb.data.records import text_id
 from codiemb.data.store import Records
 from codiemb.encoder.engine import Text, tokenize
 from codiemb.encoder.model import instructed, max_length, prompt
@@ -29,6 +28,10 @@ class StepLoader(DataLoader):
     """A rank's tokenised batches, step by step; `len()` is exact."""
 
     def __init__(self, plan: Plan, reader: StepReader, workers: int = 0) -> None:
+        if workers:
+            torch.multiprocessing.set_sharing_strategy(
+                "file_system"
+            )  # a step has more tensors than a shell allows files
         super().__init__(
             reader,
             batch_sampler=_StepSampler(plan),
@@ -116,7 +119,8 @@ class StepReader(Dataset):
             for drawn in negatives:
                 documents.append(self._text(row["negatives"][drawn], "document", None))
                 listed.append((owner, False, -1, row["negative_ids"][drawn]))
-            relevant += [(owner, number) for number in row["positive_ids"]]
+            # A document that repeats the query's own text is no negative of it either.
+            relevant += [(owner, number) for number in (row["query_id"], *row["positive_ids"])]
         queries = [self._text(row["query"], "query", row["instruction"]) for row in rows]
         owners, positive, slots, ids = zip(*listed, strict=True) if listed else ((), (), (), ())
         return queries + documents, {
@@ -133,7 +137,8 @@ class StepReader(Dataset):
         right = [self._text(row["positives"][0], "similarity", row["instruction"]) for row in rows]
         return left + right, {
             "target": torch.tensor([row["positive_scores"][0] for row in rows], dtype=torch.float32),
-            "right_ids": torch.tensor([text_id(row["positives"][0]) for row in rows], dtype=torch.int64),
+            "left_ids": torch.tensor([row["query_id"] for row in rows], dtype=torch.int64),
+            "right_ids": torch.tensor([row["positive_ids"][0] for row in rows], dtype=torch.int64),
         }
 
     def _text(self, text: str, role: Role, instruction: str | None) -> Text:

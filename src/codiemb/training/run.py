@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
@@ -25,8 +26,8 @@ from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
-from codiemb.errors import CheckpointError, ConfigError
-from codiemb.evaluation.suite import average, evaluate_suite, require_readable
+from codiemb.errors import CheckpointError, ConfigError, DataError
+from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import nearest_folder, require_folder
 from codiemb.training.card import write_card
 from codiemb.training.distributed import barrier, rank, world_size
@@ -36,7 +37,7 @@ from codiemb.versions import versions
 logger = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, float]]
-OURS = (
+RUN_FILES = (
     "config.yaml",
     "plan.json",
     "environment.json",
@@ -78,10 +79,19 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
         CodiembError: whatever is wrong with the configuration, the data or the model.
     """
     records = {source.name: load_records(source) for source in config.data}
+    for name, source in records.items():
+        if source.source.task == "similarity" and len(source) < 2:
+            raise DataError(f"source {name!r}", got="one pair", expected="at least two, to be put in order")
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
     require_readable(suite)
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
+    if config.losses.similarity.mid_nce and not any(isinstance(module, Pooling) for module in encoder):
+        raise ConfigError(
+            "losses.similarity.mid_nce",
+            got=f"{config.losses.similarity.mid_nce:g} and a model without a Pooling module",
+            expected="0, because there is no pooling to apply to the middle layer",
+        )
     training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
@@ -109,6 +119,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     checkpoint = _look_at_run_folder(config, resume, overwrite)
     prepared = prepare(config)
     encoder, suite = prepared.encoder, prepared.suite
+    if checkpoint is not None:
+        _require_same_data(prepared.report, run / "plan.json")
     _require_disk(run, encoder, config)
     trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, [])
     if config.evaluation.every_steps and suite:
@@ -131,10 +143,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
         )
         raise KeyboardInterrupt(kept) from None
+    writing = run / ".writing"
+    if rank() == 0:
+        save_encoder(encoder, writing)
     trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
     if rank() == 0:
-        writing = run / ".writing"
-        save_encoder(encoder, writing)
         write_card(writing, prepared.config, prepared.report, base, trained, suite)
         os.replace(writing, run / "model")
     barrier()
@@ -143,8 +156,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
 def results_table(result: TrainResult) -> str:
     """Before and after by data set, in points of 0 to 100, as Markdown."""
-    from codiemb.evaluation.suite import HEADLINE
-
     lines = ["| data set | metric | before | after | difference |", "|---|---|---:|---:|---:|"]
 
     def line(name: str, metric: str, before: float, after: float) -> str:
@@ -205,9 +216,22 @@ def _require_same(config: Config, file: Path) -> None:
         )
 
 
+def _require_same_data(report: Report, file: Path) -> None:
+    """Refuses to go on when the sources hold other rows: the steps left would not be the ones that were planned."""
+    planned, now = json.loads(file.read_text(encoding="utf-8"))["sources"], report.content["sources"]
+    for name, facts in now.items():
+        if facts["rows"] != planned[name]["rows"] or facts["rows_used"] != planned[name]["rows_used"]:
+            raise DataError(
+                f"--resume, source {name!r}",
+                got=f"{facts['rows_used']} usable rows of {facts['rows']}",
+                expected=f"{planned[name]['rows_used']} of {planned[name]['rows']}, as when the run was started",
+                fix="bring the old file back, or start a new run",
+            )
+
+
 def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
     if overwrite:
-        for name in OURS:
+        for name in RUN_FILES:
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)

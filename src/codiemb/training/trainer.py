@@ -25,7 +25,7 @@ from codiemb.training.distributed import barrier, rank, world_size
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 
-OURS = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing"}
+_SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
 class JointTrainer(Trainer):
@@ -95,7 +95,7 @@ class JointTrainer(Trainer):
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.encoder.load_state_dict(open_model(resume_from_checkpoint).state_dict())
+        self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
 
 
 def training_arguments(config: Config, device: torch.device) -> TrainingArguments:
@@ -104,7 +104,7 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
     Raises:
         ConfigError: a value that the Trainer refuses.
     """
-    settings = config.train.model_dump(exclude=OURS)
+    settings = config.train.model_dump(exclude=_SET_HERE)
     bf16 = bf16_pays(device) if config.train.bf16 == "auto" else config.train.bf16
     try:
         arguments = TrainingArguments(
@@ -118,6 +118,7 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
             logging_nan_inf_filter=False,
             eval_strategy="no",
             ddp_find_unused_parameters=True,
+            ddp_timeout=24 * 3600,  # the other ranks wait while the first evaluates
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:
