@@ -86,7 +86,8 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
     require_readable(suite)
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
-    if config.losses.similarity.mid_nce and not any(isinstance(module, Pooling) for module in encoder):
+    has_pairs = any(source.task == "similarity" for source in config.data)
+    if has_pairs and config.losses.similarity.mid_nce and not any(isinstance(module, Pooling) for module in encoder):
         raise ConfigError(
             "losses.similarity.mid_nce",
             got=f"{config.losses.similarity.mid_nce:g} and a model without a Pooling module",
