@@ -27,6 +27,7 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/check_million.py
+	$(BIN)/python benchmarks/losses.py
 
 clean:
 	rm -rf .venv

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import subprocess
@@ -20,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from machine import commit, machine
 
 from codiemb.versions import versions
 
@@ -57,7 +58,7 @@ def main() -> None:
         "rows": rows,
         "seconds": round(seconds, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
-        "machine": {"cpu": processor(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "machine": machine(),
         "versions": versions(),
         "commit": commit(),
     }
@@ -88,26 +89,6 @@ def sentences() -> Iterator[str]:
     words = ["".join(choose.choices(syllables, k=choose.choice((1, 2, 3)))) for _ in range(20_000)]
     while True:
         yield " ".join(choose.choices(words, k=choose.randint(WORDS - 4, WORDS + 4)))
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def commit() -> str | None:
-    """The commit of the code, with a plus sign if it is changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from codiemb.losses.retrieval import count_candidates, info_nce
+from codiemb.losses import retrieval, tiles
+from codiemb.losses.retrieval import count_candidates, info_nce, list_softmax, triplet
 
 CANDIDATES = ("all", "same_slot")
 
@@ -64,17 +65,28 @@ def naive_candidates(i, p, docs, candidates):
     return found
 
 
-def naive_info_nce(queries, documents, docs, temperature, candidates):
+def naive_info_nce(queries, documents, docs, temperature, candidates, hardness=0.0, margin=None, symmetric=False):
+    def score(i, d):
+        return queries[i] @ documents[d]
+
+    def cross_entropy(own, others):
+        """Others above the margin are left out; those that stay count e^(hardness * s) times."""
+        total = torch.exp(own / temperature)
+        for other in others:
+            if margin is None or other <= own - margin:
+                total = total + torch.exp(other / temperature) * torch.exp(hardness * other.detach())
+        return torch.log(total) - own / temperature
+
     of_queries = []
     for i in range(len(queries)):
         terms = []
         for p in range(len(documents)):
             if docs.owner[p] == i and docs.positive[p]:
-                own = torch.exp(queries[i] @ documents[p] / temperature)
-                total = own
-                for d in naive_candidates(i, p, docs, candidates):
-                    total = total + torch.exp(queries[i] @ documents[d] / temperature)
-                terms.append(-torch.log(own / total))
+                term = cross_entropy(score(i, p), [score(i, d) for d in naive_candidates(i, p, docs, candidates)])
+                if symmetric:
+                    strangers = [j for j in range(len(queries)) if p in naive_candidates(j, p, docs, "all")]
+                    term = (term + cross_entropy(score(i, p), [score(j, p) for j in strangers])) / 2
+                terms.append(term)
         if terms:
             of_queries.append(sum(terms) / len(terms))
     return sum(of_queries) / len(of_queries)
@@ -130,6 +142,53 @@ def test_equals_the_definition(candidates, known):
     expected = naive_info_nce(*inputs, docs, 0.1, candidates)
     found = info_nce(*inputs, temperature=0.1, candidates=candidates, **vars(docs))
     assert_equal(with_gradients(found, *inputs), with_gradients(expected, *inputs))
+
+
+OPTIONS = {
+    "hardness": {"hardness": 2.0},
+    "margin": {"margin": 0.1},
+    "margin that nothing passes": {"margin": 9.0},
+    "symmetric": {"symmetric": True},
+    "all of them": {"hardness": 1.0, "margin": -0.3, "symmetric": True},
+}
+
+
+@pytest.mark.parametrize("candidates", CANDIDATES)
+@pytest.mark.parametrize("chunk_size", [None, 1, 3, 100])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_equal_their_definition(candidates, chunk_size, options):
+    docs = ragged()
+    inputs = embeddings(len(docs.owner))
+    plain = naive_info_nce(*inputs, docs, 0.1, candidates)
+    expected = naive_info_nce(*inputs, docs, 0.1, candidates, **options)
+    assert abs(plain.item() - expected.item()) > 1e-3  # the option matters here
+    options = {"false_negative_margin" if name == "margin" else name: value for name, value in options.items()}
+    found = info_nce(*inputs, temperature=0.1, candidates=candidates, chunk_size=chunk_size, **options, **vars(docs))
+    for one, other in zip(with_gradients(found, *inputs), with_gradients(expected, *inputs), strict=True):
+        torch.testing.assert_close(one, other, check_dtype=False)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it where it breaks the graph
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_compiled_gives_the_same(chunk_size):
+    docs, inputs = ragged(), embeddings(16)
+    options = {"temperature": 0.1, "chunk_size": chunk_size, **vars(docs)}
+    compiled = torch.compile(info_nce, backend="aot_eager")
+    found = with_gradients(compiled(*inputs, **options), *inputs)
+    assert_equal(found, with_gradients(info_nce(*inputs, **options), *inputs))
+
+
+def test_no_table_of_queries_by_documents_is_made_with_chunks(monkeypatch):
+    """Every score and every mask goes through these two; with chunks of 3 none is wider."""
+    seen = []
+    logits, relevance = tiles.Contrast.logits, retrieval._relevance
+    monkeypatch.setattr(tiles.Contrast, "logits", lambda *a: seen.append(a[1].shape[1]) or logits(*a))
+    monkeypatch.setattr(retrieval, "_relevance", lambda *a: seen.append(len(a[2])) or relevance(*a))
+    docs, inputs = ragged(), embeddings(16)
+    info_nce(*inputs, chunk_size=3, **vars(docs)).backward()
+    assert max(seen) == 3
+    info_nce(*inputs, **vars(docs)).backward()
+    assert max(seen) == 16
 
 
 @pytest.mark.parametrize("candidates", CANDIDATES)
@@ -284,6 +343,8 @@ def test_candidates_counted_one_by_one(candidates):
     [
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
+        ({"hardness": -1.0}, "hardness"),
+        ({"chunk_size": 0}, "chunk_size"),
         ({"candidates": "same_slot", "slot": None}, "slot"),
         ({"document_ids": None}, "document_ids"),
         ({"owner": torch.zeros(15, dtype=torch.int64)}, "owner"),
@@ -295,3 +356,102 @@ def test_candidates_counted_one_by_one(candidates):
 def test_wrong_arguments_are_refused(change, message):
     with pytest.raises(ValueError, match=f"^{message}: got"):
         info_nce(*embeddings(16), **{**vars(ragged()), **change})
+
+
+def test_triplet_worked_out_by_hand():
+    """margin .2; q0 = (1, 0): positive (.6, .8) scores .6, hardest candidate (.8, .6) scores .8: .2 - .6 + .8 = .4;
+    q1 = (0, 1): positive (.8, .6) scores .6, hardest candidate (.6, .8) scores .8: .4; with margin 0 both are .2.
+    The hard negative (-1, 0) of q0 is never the hardest.
+    """
+    queries, documents = torch.eye(2), torch.tensor([[0.6, 0.8], [0.8, 0.6], [-1.0, 0.0]])
+    fields = {"owner": torch.tensor([0, 1, 0]), "positive": torch.tensor([True, True, False])}
+    assert triplet(queries, documents, margin=0.2, **fields).item() == pytest.approx(0.4)
+    assert triplet(queries, documents, margin=0.0, **fields).item() == pytest.approx(0.2)
+
+
+def naive_triplet(queries, documents, docs, margin):
+    of_queries = []
+    for i in range(len(queries)):
+        terms = []
+        for p in range(len(documents)):
+            if docs.owner[p] == i and docs.positive[p]:
+                others = [queries[i] @ documents[d] for d in naive_candidates(i, p, docs, "all")]
+                terms.append(torch.relu(margin - queries[i] @ documents[p] + torch.stack(others).max()))
+        if terms:
+            of_queries.append(sum(terms) / len(terms))
+    return sum(of_queries) / len(of_queries)
+
+
+def triplet_fields(docs):
+    return {name: value for name, value in vars(docs).items() if name != "slot"}
+
+
+def test_triplet_equals_the_definition():
+    docs, inputs = ragged(), embeddings(16)
+    found, expected = triplet(*inputs, **triplet_fields(docs)), naive_triplet(*inputs, docs, 0.2)
+    assert_equal(with_gradients(found, *inputs), with_gradients(expected, *inputs))
+    assert torch.autograd.gradcheck(lambda *inputs: triplet(*inputs, **triplet_fields(docs)), inputs)
+
+
+def test_triplet_without_candidates_or_positives_is_zero_with_a_finite_gradient():
+    for docs in (listing([(0, 0, 1)]), listing([(0, -1, 1)]), listing([(-1, 0, 1)])):
+        inputs = embeddings(1, queries=1)
+        loss, *gradients = with_gradients(triplet(*inputs, **triplet_fields(docs)), *inputs)
+        assert loss == 0
+        assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
+
+
+def test_triplet_is_finite_on_zero_vectors_and_bf16_and_refuses_a_negative_margin():
+    docs = ragged()
+    for inputs in (
+        [torch.zeros(5, 6, requires_grad=True), torch.zeros(16, 6, requires_grad=True)],
+        embeddings(16, dtype=torch.bfloat16),
+    ):
+        assert all(
+            value.isfinite().all() for value in with_gradients(triplet(*inputs, **triplet_fields(docs)), *inputs)
+        )
+    with pytest.raises(ValueError, match=r"^margin: got"):
+        triplet(*embeddings(16), margin=-0.1, **triplet_fields(docs))
+
+
+def test_list_softmax_worked_out_by_hand():
+    """t = 1, q0 = (1, 0), its list scores 1, .6, 0 with gains 2, 1, 0; the document of q1 does not count.
+
+    log sum e^s = ln(e + e^.6 + 1) = 1.712067; -(2/3 (1 - 1.712067) + 1/3 (.6 - 1.712067)) = 0.845400
+    q1 has only a gain of 0, so it has no term.
+    """
+    queries = torch.eye(2)
+    documents = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [1.0, 0.0]])
+    owner, scores = torch.tensor([0, 0, 0, 1]), torch.tensor([2.0, 1.0, 0.0, 0.0])
+    assert list_softmax(queries, documents, owner=owner, scores=scores, temperature=1.0).item() == pytest.approx(
+        0.845400, abs=2e-6
+    )
+
+
+def test_list_softmax_equals_the_definition():
+    docs, inputs = ragged(), embeddings(16)
+    scores = torch.rand(16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scores[docs.owner == 3] = 0
+    terms = []
+    for i in (0, 1, 2, 4):
+        own = [d for d in range(16) if docs.owner[d] == i]
+        exponentials = [torch.exp(inputs[0][i] @ inputs[1][d] / 0.3) for d in own]
+        shares = [one / sum(exponentials) for one in exponentials]
+        total = sum(scores[d] for d in own)
+        terms.append(-sum(scores[d] / total * torch.log(share) for d, share in zip(own, shares, strict=True)))
+
+    def loss(queries, documents):
+        return list_softmax(queries, documents, owner=docs.owner, scores=scores, temperature=0.3)
+
+    assert_equal(with_gradients(loss(*inputs), *inputs), with_gradients(sum(terms) / 4, *inputs))
+    assert torch.autograd.gradcheck(loss, inputs)
+    half = embeddings(16, dtype=torch.bfloat16)
+    assert all(value.isfinite().all() for value in with_gradients(loss(*half), *half))
+
+
+def test_list_softmax_without_any_gain_is_zero_with_a_finite_gradient():
+    inputs = embeddings(2, queries=2)
+    found = list_softmax(*inputs, owner=torch.tensor([0, -1]), scores=torch.tensor([0.0, 1.0]))
+    loss, *gradients = with_gradients(found, *inputs)
+    assert loss == 0
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 from scipy.stats import pearsonr, rankdata
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from codiemb.losses import below
 from codiemb.losses.retrieval import info_nce
 from codiemb.losses.similarity import mid_nce, pearson, pro, rank_kl
 
@@ -118,6 +120,67 @@ def test_pro_equals_the_definition(kind, t):
     predicted, target = cosines(), labels(kind)
     expected = naive_pro(predicted, target, t)
     assert_same_with_gradient(pro(predicted, target, temperature=t), expected, predicted)
+
+
+def many_labels(distinct, n=40):
+    """Labels in no order, the highest twice: with 40, all others differ."""
+    random = torch.Generator().manual_seed(3)
+    inner = torch.randint(1, distinct - 1, (n - 3,), generator=random) if distinct < n else torch.arange(1, n - 2)
+    whole = torch.cat([torch.tensor([0, distinct - 1, distinct - 1]), inner])
+    return (whole.double() / (distinct - 1))[torch.randperm(n, generator=random)]
+
+
+@pytest.mark.parametrize("distinct", [3, 7, 40])
+@pytest.mark.parametrize("tile", [1, 80, 130, 2**18])
+def test_pro_is_the_same_whatever_the_tile(monkeypatch, tile, distinct):
+    """One level at a time; two; three, of which the last tile has fewer where all differ; all levels at once."""
+    monkeypatch.setattr(below, "TILE", tile)
+    predicted, target = cosines(40), many_labels(distinct)
+    expected = naive_pro(predicted, target, 0.05)
+    assert_same_with_gradient(pro(predicted, target), expected, predicted)
+
+
+@pytest.mark.parametrize("distinct", [3, 7, 40])
+@pytest.mark.parametrize("tile", [1, 80])
+def test_gradients_of_pro_in_tiles_by_finite_differences(monkeypatch, tile, distinct):
+    monkeypatch.setattr(below, "TILE", tile)
+    assert torch.autograd.gradcheck(lambda predicted: pro(predicted, many_labels(distinct)), [cosines(40)])
+
+
+def test_pro_in_tiles_of_bf16_is_computed_in_float32(monkeypatch):
+    monkeypatch.setattr(below, "TILE", 80)
+    half, target = cosines(40, torch.bfloat16), many_labels(40)
+    single = half.detach().float().requires_grad_()
+    found, expected = pro(half, target), pro(single, target)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(value, at)[0].float() for value, at in ((found, half), (expected, single))]
+    assert gradients[0].isfinite().all()
+    assert gradients[1].abs().max() > 1e-4
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of entries of the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, torch.Tensor):
+                self.entries = max(self.entries, result.numel())
+        return results
+
+
+@pytest.mark.parametrize("tile", [100, 4000])
+def test_pro_makes_no_tensor_larger_than_a_tile(monkeypatch, tile):
+    """A table of 600 continuous labels x 600 pairs has 360,000 entries; a tile is never smaller than one level."""
+    monkeypatch.setattr(below, "TILE", tile)
+    predicted, target = cosines(600), torch.rand(600, dtype=torch.float64)
+    with LargestTensor() as largest:
+        pro(predicted, target).backward()
+    assert predicted.grad.abs().max() > 1e-4
+    assert 600 <= largest.entries <= max(tile, 600)
 
 
 def test_mid_nce_equals_the_definition():
@@ -281,6 +344,13 @@ def test_mid_nce_in_bf16_is_computed_in_float32():
     value = mid_nce(*half, torch.ones(6))
     torch.testing.assert_close(value, mid_nce(*(side.detach().float() for side in half), torch.ones(6)))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in torch.autograd.grad(value, half))
+
+
+@pytest.mark.parametrize("loss", ON_COSINES.values(), ids=ON_COSINES)
+def test_a_column_of_a_matrix_will_do(loss):
+    predicted, target = cosines(), labels("graded")
+    columns = torch.stack([predicted, target], dim=1)
+    torch.testing.assert_close(loss(columns[:, 0], columns[:, 1]), loss(predicted, target))
 
 
 @pytest.mark.parametrize("loss", ON_COSINES.values(), ids=ON_COSINES)

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from codiemb.losses.below import log_sum_below
+from codiemb.losses.graded import average_rank, check_temperature, checked
 from codiemb.losses.retrieval import info_nce
 
 
@@ -30,7 +32,7 @@ def pearson(predicted: Float[Tensor, " pair"], target: Float[Tensor, " pair"]) -
         predicted: cosines.
         target: labels, any scale.
     """
-    predicted, target = _checked(predicted, target)
+    predicted, target = checked(predicted, target)
     left, right = _centred(predicted), _centred(target)
     flat = _is_flat(left, predicted) | _is_flat(right, target)
     norms = torch.where(flat, 1, left.square().sum() * right.square().sum())
@@ -56,12 +58,12 @@ def rank_kl(
     Returns:
         A scalar; 0 for one pair or none.
     """
-    predicted, target = _checked(predicted, target)
-    _check_temperature(temperature)
+    predicted, target = checked(predicted, target)
+    check_temperature(temperature)
     n = len(predicted)
     if n < 2:
         return 0 * predicted.sum()
-    gain = (n - 1 - _average_rank(target)) / (n - 1)
+    gain = (n - 1 - average_rank(target)) / (n - 1)
     log_p = torch.log_softmax(gain.to(predicted.dtype) / temperature, dim=0)
     log_q = torch.log_softmax(predicted / temperature, dim=0)
     divergence = (log_p.exp() * (log_p - log_q)).sum()
@@ -75,7 +77,8 @@ def pro(
 
     For each k with at least one j such that y_j < y_k, w_kj = y_k - y_j and w_k = max_j w_kj, the term is
     `-log( e^{w_k c_k/t} / ( e^{w_k c_k/t} + sum_{j: y_j < y_k} e^{w_kj c_j/t} ) )`; the loss is their mean. The sum
-    over j depends on the label y_k alone, so it is taken once for each distinct label: n x distinct, not n x n.
+    over j depends on the label y_k alone, so it is taken once for each distinct label: n x distinct, not n x n, in
+    memory that is linear in n (`losses/below.py`).
 
     Args:
         predicted: cosines.
@@ -85,17 +88,17 @@ def pro(
     Returns:
         A scalar; 0, connected to the graph, when all labels are equal.
     """
-    predicted, target = _checked(predicted, target)
-    _check_temperature(temperature)
-    levels, level = target.unique(return_inverse=True)  # ascending; level: [pair]
+    predicted, target = checked(predicted, target)
+    check_temperature(temperature)
+    labels, order = target.sort()
+    scores = predicted[order] / temperature
+    levels, level = labels.unique_consecutive(return_inverse=True)  # ascending; level: [pair]
     if len(levels) < 2:
         return 0 * predicted.sum()
-    distance = levels[1:, None] - target  # [level, pair]; the lowest level has nobody below it
-    below = torch.where(distance > 0, distance * predicted / temperature, -torch.inf).logsumexp(dim=1)
-    above_lowest = level > 0
-    own = (target - levels[0]) * predicted / temperature
-    others = below[(level - 1).clamp(min=0)]
-    return (torch.logaddexp(own, others) - own)[above_lowest].mean()
+    above_lowest = level > 0  # nobody is below the lowest level
+    own = ((labels - levels[0]) * scores)[above_lowest]
+    others = log_sum_below(scores, labels, levels[1:])[level[above_lowest] - 1]
+    return (torch.logaddexp(own, others) - own).mean()
 
 
 def mid_nce(
@@ -134,21 +137,6 @@ def mid_nce(
     )
 
 
-def _checked(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    if predicted.ndim != 1 or predicted.shape != target.shape:
-        raise ValueError(
-            f"predicted and target: got shapes {tuple(predicted.shape)} and {tuple(target.shape)}, "
-            "expected two vectors of one length"
-        )
-    dtype = torch.float64 if predicted.dtype == torch.float64 else torch.float32
-    return predicted.to(dtype), target.to(dtype)
-
-
-def _check_temperature(temperature: float) -> None:
-    if temperature <= 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-
-
 def _centred(values: Tensor) -> Tensor:
     return values - values.mean() if len(values) else values
 
@@ -159,10 +147,3 @@ def _is_flat(centred: Tensor, values: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.bool, device=values.device)
     rounding = 4 * torch.finfo(values.dtype).eps * values.abs().max()
     return centred.abs().max() <= rounding
-
-
-def _average_rank(target: Tensor) -> Tensor:
-    """Rank of each label, 0 for the largest, ties averaged."""
-    _, level, counts = target.unique(return_inverse=True, return_counts=True)
-    above = counts.sum() - counts.cumsum(0)  # how many labels are larger
-    return (above + (counts - 1) / 2)[level]
