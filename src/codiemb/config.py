@@ -7,27 +7,20 @@ of Hugging Face's `TrainingArguments`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, create_model, field_validator, model_validator
 
 from codiemb.errors import ConfigError
+from codiemb.section import ROLES, Fraction, Name, Positive, Role, Section, Temperature, Weight
 from codiemb.settings_file import apply_override, kind, nearest, read_yaml, validate
+from codiemb.tasks import TASKS
 
-Task = Literal["retrieval", "similarity"]
-Role = Literal["query", "document", "similarity"]
-ROLES: tuple[Role, ...] = get_args(Role)
+__all__ = ["ROLES", "Config", "Role", "Source", "dump_config", "load_config", "load_suite"]
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, populate_by_name=True)
+TaskName = Literal["retrieval", "similarity", "pair_classification", "classification", "clustering", "reranking"]
+assert get_args(TaskName) == tuple(TASKS)
 
 
 class MaxLength(Section):
@@ -64,12 +57,14 @@ class Source(Section):
     """One collection of texts: a training source, or a data set of an evaluation suite."""
 
     name: Name
-    task: Task
+    task: TaskName
     path: Annotated[str, Field(min_length=1)]
     split: str | None = None
-    columns: dict[Literal["query", "positive", "negative", "score", "instruction", "id"], str | list[str]] | None = None
+    columns: (
+        dict[Literal["query", "positive", "negative", "score", "label", "instruction", "id"], str | list[str]] | None
+    ) = None
     score_range: tuple[float, float] = (0.0, 1.0)
-    where: dict[str, Any] = {}
+    where: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("columns")
     @classmethod
@@ -87,68 +82,51 @@ class Source(Section):
         return value
 
 
-class RetrievalBatches(Section):
-    batch_size: Positive = 32
-    positives: Positive = 2
-    negatives: Annotated[int, Field(ge=0)] = 4
+_batches: dict[str, Any] = {name: (task.batches, task.batches()) for name, task in TASKS.items()}
+_losses: dict[str, Any] = {name: (task.losses, task.losses()) for name, task in TASKS.items()}
+_TaskBatches: Any = create_model("_TaskBatches", __base__=Section, **_batches)
+_TaskLosses: Any = create_model("_TaskLosses", __base__=Section, **_losses)
 
 
-class SimilarityBatches(Section):
-    batch_size: Positive = 32
-
-    @field_validator("batch_size")
-    @classmethod
-    def _a_pair_of_pairs(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError("expected at least 2, because a rank loss compares pairs with each other; raise it")
-        return value
-
-
-class Batching(Section):
-    """How batches of one source each are put in order. `batch_size` counts rows over all ranks."""
+class Batching(_TaskBatches):
+    """How batches of one source each are put in order, and under the name of each task what a batch holds."""
 
     schedule: Literal["proportional", "balanced", "round_robin", "temperature", "weights", "staged", "paired"] = (
         "proportional"
     )
     drop_last: bool = False
     temperature: Temperature = 2.0
-    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
-    stages: list[list[str]] = [["retrieval"], ["similarity"]]
-    retrieval: RetrievalBatches = RetrievalBatches()
-    similarity: SimilarityBatches = SimilarityBatches()
+    weights: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    stages: list[list[str]] = Field(default=[["retrieval"], ["similarity"]])
 
 
-class RetrievalLoss(Section):
-    type: Literal["info_nce"] = "info_nce"
-    weight: Weight = 1.0
-    temperature: Temperature = 0.02
-    candidates: Literal["all", "same_slot"] = "all"
-    cross_device: Literal[True] = True
+class Matryoshka(Section):
+    """Train prefixes of the embedding too, each normalised anew (Kusupati et al., 2022)."""
 
-
-class SimilarityLoss(Section):
-    """Weights of the four parts, and their constants."""
-
-    weight: Weight = 1.0
-    pearson: Weight = 2.0
-    rank_kl: Weight = 5.0
-    pro: Weight = 0.5
-    mid_nce: Weight = 1.0
-    temperature: Temperature = 0.05
-    reduction: Literal["batchmean", "sum"] = "batchmean"
-    mid_nce_temperature: Temperature = 0.02
-    mid_nce_threshold: Fraction = 1.0
+    dims: Annotated[list[Positive], Field(min_length=1)]
+    weights: list[Weight] | None = None
 
     @model_validator(mode="after")
-    def _some_part(self) -> SimilarityLoss:
-        if not any((self.pearson, self.rank_kl, self.pro, self.mid_nce)):
-            raise ValueError("all four weights are 0, so nothing would be trained; set at least one above 0")
+    def _one_weight_each(self) -> Matryoshka:
+        if len(set(self.dims)) != len(self.dims):
+            raise ValueError("expected each dim once")
+        if self.weights is not None and len(self.weights) != len(self.dims):
+            raise ValueError(f"expected one weight for each of the {len(self.dims)} dims")
+        if self.weights is not None and not any(self.weights):
+            raise ValueError("expected a weight above 0")
         return self
 
 
-class Losses(Section):
-    retrieval: RetrievalLoss = RetrievalLoss()
-    similarity: SimilarityLoss = SimilarityLoss()
+class Losses(_TaskLosses):
+    """Under the name of each task its losses; and what holds for all.
+
+    `emphasis` is the IR:STS knob: 0 is pairs alone, 1 lists alone, 0.5 leaves both as they are. `balance: magnitude`
+    divides each part by the running mean of its size, so that weights compare parts of like size.
+    """
+
+    emphasis: Fraction = 0.5
+    balance: Literal["none", "magnitude"] = "none"
+    matryoshka: Matryoshka | None = None
 
 
 class Train(Section):
@@ -217,7 +195,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         faults = []
         names = [source.name for source in self.data]
-        known = {*names, *get_args(Task)}
+        known = {*names, *TASKS}
         if self.batching.schedule == "weights":
             if missing := [name for name in names if name not in self.batching.weights]:
                 faults.append(f"batching.weights: got none for {missing[0]!r}, expected a weight for every source")
@@ -239,21 +217,33 @@ class Config(Section):
                 for source in self.data
                 if source.name not in staged and source.task not in staged
             ]
+        weights = {"lists": self.losses.emphasis, "pairs": 1 - self.losses.emphasis}
+        if not any(weights[TASKS[source.task].shape] for source in self.data):
+            faults.append(f"losses.emphasis: got {self.losses.emphasis:g}, expected a value that trains some source")
         if faults:
             raise ValueError("; ".join(faults))
         return self
 
 
+class DataSet(Source):
+    """A data set of a suite; the other tasks can be trained on, not evaluated yet."""
+
+    task: Literal["retrieval", "similarity"]
+
+
 class _Suite(Section):
-    entries: Annotated[list[Source], Field(min_length=1)]
+    entries: Annotated[list[DataSet], Field(min_length=1)]
 
     @field_validator("entries")
     @classmethod
-    def _one_name_each(cls, value: list[Source]) -> list[Source]:
+    def _one_name_each(cls, value: list[DataSet]) -> list[DataSet]:
         return _unique(value)
 
 
-def _unique(sources: list[Source]) -> list[Source]:
+AnySource = TypeVar("AnySource", bound=Source)
+
+
+def _unique(sources: list[AnySource]) -> list[AnySource]:
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"got the name {twice[0]!r} twice, expected one name for each")
@@ -308,8 +298,10 @@ def load_suite(path: str | Path, data_root: str | Path | None = None) -> list[So
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads again."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The resolved configuration as YAML that `load_config` reads again; tasks without a source are left out."""
+    unused = {*TASKS} - {source.task for source in config.data}
+    content = config.model_dump(mode="json", exclude={"batching": unused, "losses": unused})
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _absolute(source: Source, root: Path) -> Source:

@@ -80,8 +80,22 @@ SETTINGS = {
     "accumulation": ({"train.gradient_accumulation_steps": 4}, ["gradient_accumulation_steps: got 4", "expected 1"]),
     "no weight at all": (
         {"losses.similarity": {"pearson": 0, "rank_kl": 0, "pro": 0, "mid_nce": 0}},
-        ["losses.similarity", "all four weights are 0"],
+        ["losses.similarity", "all weights are 0"],
     ),
+    "emphasis that trains nothing": (
+        {"losses.emphasis": 1, "data": [{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]},
+        ["losses.emphasis: got 1", "trains some source"],
+    ),
+    "prefix longer than the embedding": (
+        {"losses.matryoshka": {"dims": [8, 9]}},
+        ["losses.matryoshka.dims: got 9", "at most 8"],
+    ),
+    "weights of other prefixes": (
+        {"losses.matryoshka": {"dims": [8, 4], "weights": [1]}},
+        ["losses.matryoshka", "one weight for each of the 2 dims"],
+    ),
+    "unknown loss": ({"losses.similarity.cosnet": 1}, ["losses.similarity.cosnet", "did you mean 'cosent'?"]),
+    "unknown task": ({"data.0.task": "retreival"}, ["data.0.task: got 'retreival'", "'retrieval'"]),
     "name with a slash": ({"data.0.name": "../x"}, ["data.0.name: got '../x'"]),
     "no base": ({"model": {}}, ["model.base: got nothing"]),
     "unknown schedule": ({"batching.schedule": "randm"}, ["batching.schedule: got 'randm'", "'proportional'"]),

@@ -165,3 +165,59 @@ def test_two_processes_train_the_same_model(config_file, tmp_path):
     )
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", ["key.bias"], rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
+
+
+TOPICS = [{"text": f"{LETTERS[n]} {LETTERS[n % 3]}", "label": f"topic {n % 3}"} for n in range(12)]
+DUPLICATES = [
+    {"query": f"{LETTERS[n]} d", "positives": [f"{LETTERS[n]} e"], "positive_scores": [n % 2]} for n in range(9)
+]
+RANKED = [
+    {
+        "query": f"{LETTERS[n]} f",
+        "positives": [f"{LETTERS[n]} g", f"{LETTERS[n + 1]} g"],
+        "positive_scores": [2, 1],
+        "negatives": [f"{LETTERS[n + 5]} h"],
+    }
+    for n in range(8)
+]
+
+
+def test_every_task_trains_in_one_run_with_balance_and_prefixes(config_file, tmp_path):
+    """Resumed in the middle, the running sizes of the parts go on too: the weights are those of the whole run."""
+    write_lines(tmp_path / "topics.jsonl", TOPICS)
+    write_lines(tmp_path / "duplicates.jsonl", DUPLICATES)
+    write_lines(tmp_path / "ranked.jsonl", RANKED)
+    content = yaml.safe_load(config_file.read_text())
+    content["data"] += [
+        {
+            "name": "topics",
+            "task": "classification",
+            "path": "topics.jsonl",
+            "columns": {"query": "text", "label": "label"},
+        },
+        {"name": "duplicates", "task": "pair_classification", "path": "duplicates.jsonl"},
+        {"name": "ranked", "task": "reranking", "path": "ranked.jsonl"},
+    ]
+    content["losses"] = {"balance": "magnitude", "emphasis": 0.3, "matryoshka": {"dims": [16, 4], "weights": [1, 0.5]}}
+    content["train"] |= {"num_train_epochs": 1, "save_steps": 4}
+    del content["evaluation"]
+    config_file.write_text(yaml.safe_dump(content))
+    train(load_config(config_file))
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seen = {line["task"]: {name for name in line if name.startswith("loss/")} for line in lines}
+    assert seen["classification"] == {"loss/info_nce@16", "loss/info_nce@4"}
+    assert seen["pair_classification"] == {"loss/cosent@16", "loss/cosent@4"}
+    assert seen["reranking"] == {"loss/list_softmax@16", "loss/list_softmax@4"}
+    assert "loss/mid_nce@16" in seen["similarity"]
+    means = json.loads((run / "checkpoint-4" / "balance.json").read_text())
+    assert all(mean >= 0 for mean in means.values())
+    assert any(mean > 0 for mean in means.values())
+
+    halted = tmp_path / "halted"
+    halted.mkdir()
+    for name in ("config.yaml", "plan.json", "environment.json", "metrics.jsonl"):
+        (halted / name).write_text((run / name).read_text().replace(str(run), str(halted)))
+    (run / "checkpoint-4").rename(halted / "checkpoint-4")
+    train(load_config(config_file, [f"output_dir={halted}"]), resume=True)
+    assert_equal_weights(run / "model", halted / "model", rtol=0, atol=0)

@@ -16,10 +16,10 @@ from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader, Dataset
 
 from codiemb.batching.plan import Batch, Plan, Step, slice_of
-from codiemb.config import Role
 from codiemb.data.store import Records
 from codiemb.encoder.engine import Text, tokenize
 from codiemb.encoder.model import instructed, max_length, prompt
+from codiemb.tasks import TASKS
 
 TokenBatch = dict[str, Any]
 
@@ -83,12 +83,10 @@ class StepReader(Dataset):
         """The tokens of this rank's rows of a batch, with the tensors its objective needs."""
         source = self.records[batch.source]
         places = slice_of(batch.rows, self.rank, self.world)
-        if source.source.task == "similarity":
-            texts, tensors = self._pairs(source.rows(places))
-        else:
-            texts, tensors = self._queries(source.rows(places), batch, places)
+        shape = TASKS[source.source.task].shape
+        texts, tensors = self._lists(source, batch, places) if shape == "lists" else self._pairs(source, places)
         # A rank without rows still runs one text of the batch, so that it joins every exchange of gradients.
-        spare = texts or [self._text(source.rows(batch.rows[:1])[0]["query"], "query", None)]
+        spare = texts or [self._text(source, source.rows(batch.rows[:1])[0], 0)]
         tokens = tokenize(self.encoder, spare)
         return {
             "source": batch.source,
@@ -101,49 +99,68 @@ class StepReader(Dataset):
             **tensors,
         }
 
-    def _queries(self, rows: list[dict[str, Any]], batch: Batch, places: np.ndarray) -> tuple[list[Text], TokenBatch]:
+    def _lists(self, source: Records, batch: Batch, places: np.ndarray) -> tuple[list[Text], TokenBatch]:
         """Texts: all queries, then all documents."""
-        settings = self.plan.settings.retrieval
+        settings = getattr(self.plan.settings, source.source.task)
+        rows = source.rows(places)
         documents: list[Text] = []
-        listed: list[tuple[int, bool, int, int]] = []  # owner, positive, slot, id
+        listed: list[tuple[int, bool, int, int, float]] = []  # owner, positive, slot, id, score
         relevant: list[tuple[int, int]] = []
         for owner, (row, place) in enumerate(zip(rows, places, strict=True)):
             random = np.random.default_rng(
                 [self.plan.seed, zlib.crc32(batch.source.encode()), batch.pass_number, int(place)]
             )
-            positives = _draw(len(row["positives"]), settings.positives, random)
-            negatives = _draw(len(row["negatives"]), settings.negatives, random)
-            for slot, drawn in enumerate(positives):
-                documents.append(self._text(row["positives"][drawn], "document", None))
-                listed.append((owner, True, slot, row["positive_ids"][drawn]))
-            for drawn in negatives:
-                documents.append(self._text(row["negatives"][drawn], "document", None))
-                listed.append((owner, False, -1, row["negative_ids"][drawn]))
-            # A document that repeats the query's own text is no negative of it either.
-            relevant += [(owner, number) for number in (row["query_id"], *row["positive_ids"])]
-        queries = [self._text(row["query"], "query", row["instruction"]) for row in rows]
-        owners, positive, slots, ids = zip(*listed, strict=True) if listed else ((), (), (), ())
+            if row["label_id"] is None:
+                positives = _drawn(row, "positive", settings.positives, 1.0, random)
+                negatives = _drawn(row, "negative", settings.negatives, 0.0, random)
+                # A document that repeats the query's own text is no negative of it either.
+                relevant += [(owner, number) for number in (row["query_id"], *row["positive_ids"])]
+            else:
+                same, other = source.by_label(int(place), settings.positives, settings.negatives, random)
+                positives = [(drawn["query"], drawn["label_id"], 1.0) for drawn in source.rows(same)]
+                negatives = [(drawn["query"], drawn["label_id"], 0.0) for drawn in source.rows(other)]
+                relevant.append((owner, row["label_id"]))
+            for slot, (text, number, score) in enumerate(positives + negatives):
+                is_positive = slot < len(positives)
+                documents.append(self._text(source, row, 1, text))
+                listed.append((owner, is_positive, slot if is_positive else -1, number, score))
+        queries = [self._text(source, row, 0) for row in rows]
+        owners, positive, slots, ids, scores = zip(*listed, strict=True) if listed else ((), (), (), (), ())
         return queries + documents, {
             "owner": torch.tensor(owners, dtype=torch.int64),
             "positive": torch.tensor(positive, dtype=torch.bool),
             "slot": torch.tensor(slots, dtype=torch.int64),
             "document_ids": torch.tensor(ids, dtype=torch.int64),
+            "scores": torch.tensor(scores, dtype=torch.float32),
             "relevant": torch.tensor(relevant, dtype=torch.int64).reshape(-1, 2),
         }
 
-    def _pairs(self, rows: list[dict[str, Any]]) -> tuple[list[Text], TokenBatch]:
+    def _pairs(self, source: Records, places: np.ndarray) -> tuple[list[Text], TokenBatch]:
         """Texts: all left ones, then all right ones."""
-        left = [self._text(row["query"], "similarity", row["instruction"]) for row in rows]
-        right = [self._text(row["positives"][0], "similarity", row["instruction"]) for row in rows]
+        rows = source.rows(places)
+        left = [self._text(source, row, 0) for row in rows]
+        right = [self._text(source, row, 1, row["positives"][0]) for row in rows]
         return left + right, {
             "target": torch.tensor([row["positive_scores"][0] for row in rows], dtype=torch.float32),
             "left_ids": torch.tensor([row["query_id"] for row in rows], dtype=torch.int64),
             "right_ids": torch.tensor([row["positive_ids"][0] for row in rows], dtype=torch.int64),
         }
 
-    def _text(self, text: str, role: Role, instruction: str | None) -> Text:
+    def _text(self, source: Records, row: dict[str, Any], side: int, text: str | None = None) -> Text:
+        """The query of a row (side 0), or another text of it (side 1); a document takes no instruction."""
+        role = TASKS[source.source.task].roles[side]
+        instruction = None if role == "document" else row["instruction"]
         before = instructed(instruction) if instruction else prompt(self.encoder, role)
-        return Text(text, before, max_length(self.encoder, role))
+        return Text(row["query"] if text is None else text, before, max_length(self.encoder, role))
+
+
+def _drawn(
+    row: dict[str, Any], kind: str, wanted: int, score: float, random: np.random.Generator
+) -> list[tuple[str, int, float]]:
+    """(text, id, score) of the texts drawn from a row's positives or negatives; `score` where the row has none."""
+    texts, ids = row[f"{kind}s"], row[f"{kind}_ids"]
+    scores = row[f"{kind}_scores"] or [score] * len(texts)
+    return [(texts[place], ids[place], scores[place]) for place in _draw(len(texts), wanted, random)]
 
 
 def _draw(available: int, wanted: int, random: np.random.Generator) -> list[int]:

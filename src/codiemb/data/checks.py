@@ -15,6 +15,7 @@ from codiemb.data.beir import read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
 from codiemb.data.store import Records, load_records
+from codiemb.tasks import TASKS
 
 SAMPLE = 2000  # rows of a source whose texts are tokenised
 BINS = 10
@@ -135,13 +136,18 @@ def check(
         }
         if remainder := len(source) - plan.rows_per_pass(name):
             facts["dropped"]["in the last batch of a pass, with drop_last"] = remainder
-        if source.source.task == "similarity":
+        if TASKS[source.source.task].shape == "pairs":
             facts["scores"], score_warnings = _scores(source)
             warnings += score_warnings
+        elif (labels := source.column("label_id").drop_null()).length():
+            counts_of_labels = np.unique(labels.to_numpy(), return_counts=True)[1]
+            facts["labels"] = len(counts_of_labels)
+            if alone := int((counts_of_labels == 1).sum()):
+                warnings.append(f"{name}: {alone} rows have a label that no other row has; nothing draws them anywhere")
         else:
             facts["positives_per_query"] = len(source.column("positive_ids").combine_chunks().flatten()) / len(source)
             facts["negatives_per_query"] = len(source.column("negative_ids").combine_chunks().flatten()) / len(source)
-            if tokens["query"]["p50"] > 2 * tokens["document"]["p50"]:
+            if "query" in tokens and tokens["query"]["p50"] > 2 * tokens["document"]["p50"]:
                 warnings.append(
                     f"{name}: queries are longer than documents ({tokens['query']['p50']} against "
                     f"{tokens['document']['p50']} tokens in the middle); are the columns swapped?"
@@ -174,14 +180,11 @@ def _token_lengths(source: Records, tokenizer: Tokenizer, lengths: dict[Role, in
     """Quantiles of untruncated lengths by role, over an even sample of rows."""
     places = np.unique(np.linspace(0, len(source) - 1, min(SAMPLE, len(source))).astype(int))
     rows = source.rows(places)
+    of_query, of_others = TASKS[source.source.task].roles
     texts: dict[Role, list[str]] = {}
     for row in rows:
-        listed = [*row["positives"][:1], *row["negatives"][:1]]
-        if source.source.task == "similarity":
-            texts.setdefault("similarity", []).extend([row["query"], *listed])
-        else:
-            texts.setdefault("query", []).append(row["query"])
-            texts.setdefault("document", []).extend(listed)
+        texts.setdefault(of_query, []).append(row["query"])
+        texts.setdefault(of_others, []).extend([*row["positives"][:1], *row["negatives"][:1]])
     result = {}
     for role, listed in texts.items():
         counts = tokenizer(listed, role)

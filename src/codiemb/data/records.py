@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from codiemb.config import Source
 from codiemb.errors import DataError, short
+from codiemb.tasks import TASKS
 
 UNIFIED = {
     "query": ["query"],
@@ -21,13 +22,14 @@ UNIFIED = {
     "negative": ["negatives"],
     "positive_score": ["positive_scores"],
     "negative_score": ["negative_scores"],
+    "label": ["label"],
     "instruction": ["instruction"],
     "id": ["id"],
 }
 
 
 class Record(NamedTuple):
-    """One training or evaluation item; `*_ids` are 64-bit text ids: equal ids mean equal texts."""
+    """One training or evaluation item; `*_ids` are 64-bit text ids: equal ids mean equal texts (or labels)."""
 
     query: str
     positives: list[str]
@@ -39,11 +41,12 @@ class Record(NamedTuple):
     query_id: int
     positive_ids: list[int]
     negative_ids: list[int]
+    label_id: int | None = None
 
     def key(self) -> int:
         """Equal for records that say the same thing (their own `id` aside)."""
         parts = (self.query_id, self.positive_ids, self.negative_ids, self.positive_scores, self.negative_scores)
-        return text_id(repr((*parts, self.instruction)))
+        return text_id(repr((*parts, self.instruction, self.label_id)))
 
 
 def text_id(text: str) -> int:
@@ -72,6 +75,7 @@ class RowReader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.task = TASKS[source.task]
         self.columns = columns_of(source)
         self.dropped: Counter[str] = Counter()
         self.texts_left_out: Counter[str] = Counter()
@@ -93,20 +97,29 @@ class RowReader:
         query, instruction = self._query(row, where)
         positives = self._texts(row, "positive", where)
         negatives = self._texts(row, "negative", where)
-        if self.source.task == "similarity":
+        label = self._label(row, where) if self.task.labelled else None
+        if self.task.shape == "pairs":
             positive_scores = [self._similarity_score(row, positives, negatives, where)]
             negative_scores: list[float] = []
         else:
-            if not positives:
+            if not positives and label is None:
                 raise DataError(
                     f"{where}, {_name(self.columns['positive'], 'positives')}",
                     got="none",
-                    expected="at least one positive text, because the task is retrieval",
+                    expected="at least one positive text"
+                    + (", or a label" if self.task.labelled else "")
+                    + f", because the task is {self.source.task}",
                     fix=f"the row has the columns {_listed(row)}",
                 )
             positive_scores = self._scores(row, "positive_score", len(positives), where)
             negative_scores = self._scores(row, "negative_score", len(negatives), where)
-        return self.clean(query, positives, negatives, positive_scores, negative_scores, instruction, self._id(row))
+            if self.source.task == "reranking" and min((*positive_scores, *negative_scores), default=0) < 0:
+                raise DataError(
+                    where, got="a score below 0", expected="graded relevance of 0 or more for each document"
+                )
+        return self.clean(
+            query, positives, negatives, positive_scores, negative_scores, instruction, self._id(row), label
+        )
 
     def clean(
         self,
@@ -117,19 +130,20 @@ class RowReader:
         negative_scores: list[float],
         instruction: str | None,
         id: str | None,
+        label_id: int | None = None,
     ) -> Record | None:
-        """A record without empty or repeated texts, or None if no query or no positive is left."""
+        """A record without empty or repeated texts, or None if no query or neither positive nor label is left."""
         if not query.strip():
             self.dropped["empty query"] += 1
             return None
         seen: set[int] = set()
         positives, positive_scores, positive_ids = self._distinct(positives, positive_scores, seen, "positive")
         negatives, negative_scores, negative_ids = self._distinct(negatives, negative_scores, seen, "negative")
-        if not positives:
+        if not positives and label_id is None:
             self.dropped["no positive with text"] += 1
             return None
         ids = (text_id(query), positive_ids, negative_ids)
-        return Record(query, positives, negatives, positive_scores, negative_scores, instruction, id, *ids)
+        return Record(query, positives, negatives, positive_scores, negative_scores, instruction, id, *ids, label_id)
 
     def _distinct(
         self, texts: list[str], scores: list[float], seen: set[int], kind: str
@@ -183,13 +197,15 @@ class RowReader:
             raise DataError(
                 where,
                 got=f"{len(positives)} positives and {len(negatives)} negatives",
-                expected="one positive and its score, because the task is similarity",
+                expected="one positive and its score, because the task is " + self.source.task,
                 fix=f"the row has the columns {_listed(row)}; map them under `columns`",
             )
         scores = self._scores(row, "positive_score", 1, where)
         if not scores:
             column = _name(self.columns["positive_score"], "score")
-            raise DataError(f"{where}, {column}", got="no score", expected="a number, because the task is similarity")
+            raise DataError(
+                f"{where}, {column}", got="no score", expected=f"a number, because the task is {self.source.task}"
+            )
         low, high = self.source.score_range
         if not low <= scores[0] <= high:
             raise DataError(
@@ -211,6 +227,17 @@ class RowReader:
             column = _name(self.columns[field], field)
             raise DataError(f"{where}, {column}", got=f"{len(scores)} scores", expected=f"{count}, one for each text")
         return scores
+
+    def _label(self, row: dict[str, Any], where: str) -> int | None:
+        for column in self.columns["label"]:
+            value = row.get(column)
+            if isinstance(value, str | int) and str(value).strip():
+                return text_id(f"label {value}")
+            if value is not None:
+                raise DataError(f"{where}, {column}", got=short(value), expected="a label: a text or a whole number")
+            if self.source.columns is not None and column not in row:
+                raise DataError(f"{where}, {column}", got="no such column", expected=f"one of {_listed(row)}")
+        return None
 
     def _id(self, row: dict[str, Any]) -> str | None:
         values = [row.get(column) for column in self.columns["id"]]

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -26,11 +27,12 @@ from codiemb.data.beir import beir_records
 from codiemb.data.readers import files_of, is_beir, read_rows
 from codiemb.data.records import Record, RowReader
 from codiemb.errors import DataError
+from codiemb.tasks import TASKS
 
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 1  # raise it when what is written changes
+_FORMAT = 2  # raise it when what is written changes
 _ROWS_AT_ONCE = 2048
 _SCHEMA = pa.schema(
     {
@@ -44,6 +46,7 @@ _SCHEMA = pa.schema(
         "query_id": pa.int64(),
         "positive_ids": pa.list_(pa.int64()),
         "negative_ids": pa.list_(pa.int64()),
+        "label_id": pa.int64(),
     }
 )
 
@@ -80,6 +83,22 @@ class Records:
         lists = [self.column(name).combine_chunks().flatten() for name in ("positive_ids", "negative_ids")]
         return np.concatenate([self.column("query_id").to_numpy(), *(np.asarray(ids) for ids in lists)])
 
+    def by_label(self, place: int, same: int, other: int, random: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Rows drawn with the label of row `place` (itself aside) and with another; fewer where there are fewer."""
+        labels, order = self._labels
+        start, stop = (int(np.searchsorted(labels, labels[place], side, sorter=order)) for side in ("left", "right"))
+        alike, others = stop - start, len(order) - (stop - start)
+        drawn_same = random.choice(alike, size=min(same + 1, alike), replace=False)
+        drawn_other = random.choice(others, size=min(other, others), replace=False)
+        rows_same = [row for row in order[start + drawn_same].tolist() if row != place][:same]
+        return rows_same, order[np.where(drawn_other < start, drawn_other, drawn_other + alike)].tolist()
+
+    @cached_property
+    def _labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Label id of each row, and the rows in order of it."""
+        labels = self.column("label_id").to_numpy()
+        return labels, np.argsort(labels, kind="stable")
+
 
 def load_records(source: Source, *, keep_duplicates: bool = False) -> Records:
     """The records of `source`, from the cache if its files have not changed.
@@ -115,7 +134,7 @@ def _frozen_objects() -> Iterator[None]:
 
 def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> None:
     reader = RowReader(source)
-    rows_read = rows_kept = 0
+    rows_read = rows_kept = labelled = 0
     arrow.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arrow.parent, prefix="writing-") as folder:
         partial = Path(folder) / "records.arrow"
@@ -135,6 +154,7 @@ def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> N
                         seen.add(key)
                     kept.append(record)
                 rows_kept += len(kept)
+                labelled += sum(record.label_id is not None for record in kept)
                 if kept:
                     writer.write_batch(pa.record_batch(list(zip(*kept, strict=True)), schema=_SCHEMA))
         if not rows_kept:
@@ -144,6 +164,12 @@ def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> N
                 got=f"no usable row of {rows_read} ({reasons})" if rows_read else "an empty file",
                 expected="at least one record",
             )
+        if 0 < labelled < rows_kept:
+            raise DataError(
+                f"source {source.name!r}, {source.path}",
+                got=f"a label in {labelled} of {rows_kept} rows",
+                expected="labels in all rows or in none",
+            )
         counts = {"rows_read": rows_read, "dropped": reader.dropped, "texts_left_out": reader.texts_left_out}
         (Path(folder) / "facts.json").write_text(json.dumps(counts))
         partial.replace(arrow)
@@ -152,10 +178,10 @@ def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> N
 
 def _records(source: Source, reader: RowReader) -> Iterator[Record | None]:
     if is_beir(Path(source.path)):
-        if source.task != "retrieval":
-            raise DataError(
-                f"source {source.name!r}, {source.path}", got="a BEIR folder", expected="a file of pairs with scores"
-            )
+        task = TASKS[source.task]
+        if task.shape != "lists" or task.labelled:
+            expected = "a file of texts with labels" if task.labelled else "a file of pairs with scores"
+            raise DataError(f"source {source.name!r}, {source.path}", got="a BEIR folder", expected=expected)
         return beir_records(source, reader)
     return (reader.record(row, where) for where, row in read_rows(source))
 

@@ -1,25 +1,38 @@
-"""What a batch of each task is trained on: one table from task to objective, weights by part.
+"""What a batch is trained on: tables from names to losses, by the shape of the batch, and their weighted sum.
 
-An objective takes the embeddings of a whole batch and returns its parts by name, unweighted, and their weighted sum.
+A batch of `lists` holds queries with ragged documents, a batch of `pairs` two texts and a score each. An objective
+takes the embeddings of a whole batch and gives its parts by name, unweighted, with their weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from codiemb.losses.retrieval import count_candidates, info_nce
+from codiemb.losses.listwise import (
+    angle,
+    cosent,
+    cosine_mse,
+    lambda_rank,
+    list_mle,
+    list_net,
+    rank_net,
+    soft_spearman,
+)
+from codiemb.losses.retrieval import count_candidates, info_nce, list_softmax, triplet
 from codiemb.losses.similarity import mid_nce, pearson, pro, rank_kl
+
+Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class RetrievalEmbeddings:
-    """A retrieval batch; fields as in `info_nce`, embeddings not yet normalised."""
+class Lists:
+    """Queries with ragged documents; fields as in `info_nce`, scores as in `list_softmax`."""
 
     queries: Float[Tensor, "query dim"]
     documents: Float[Tensor, "document dim"]
@@ -27,12 +40,17 @@ class RetrievalEmbeddings:
     positive: Bool[Tensor, " document"]
     slot: Int[Tensor, " document"]
     document_ids: Int[Tensor, " document"]
+    scores: Float[Tensor, " document"]
     relevant: Int[Tensor, "pair 2"]
+
+    def prefix(self, dim: int | None) -> Lists:
+        """Normalised embeddings of the first `dim` dimensions."""
+        return replace(self, queries=_unit(self.queries[:, :dim]), documents=_unit(self.documents[:, :dim]))
 
 
 @dataclass(frozen=True)
-class SimilarityEmbeddings:
-    """A batch of graded pairs, embeddings not yet normalised; the middle layer only where it is asked for."""
+class Pairs:
+    """Graded pairs; the pooled middle layer only where it is asked for."""
 
     left: Float[Tensor, "pair dim"]
     right: Float[Tensor, "pair dim"]
@@ -42,63 +60,153 @@ class SimilarityEmbeddings:
     left_middle: Float[Tensor, "pair hidden"] | None = None
     right_middle: Float[Tensor, "pair hidden"] | None = None
 
+    def prefix(self, dim: int | None) -> Pairs:
+        """Normalised embeddings of the first `dim` dimensions; the middle layer stays whole."""
+        middle: dict[str, Any] = {}
+        if self.left_middle is not None and self.right_middle is not None:
+            middle = {"left_middle": _unit(self.left_middle), "right_middle": _unit(self.right_middle)}
+        return replace(self, left=_unit(self.left[:, :dim]), right=_unit(self.right[:, :dim]), **middle)
+
+    @property
+    def cosine(self) -> Float[Tensor, " pair"]:
+        """Of normalised embeddings."""
+        return (self.left * self.right).sum(dim=-1)
+
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss of a batch, its parts, and what it was computed over.
+    """The parts of a batch's loss, and what it was computed over.
 
     Attributes:
-        loss: weighted sum of the parts.
         parts: unweighted, by name.
+        weights: what each part counts for.
         candidates: documents in the denominator of a contrastive term, on average; None without one.
     """
 
-    loss: Float[Tensor, ""]
     parts: dict[str, Float[Tensor, ""]]
+    weights: dict[str, float]
     candidates: Float[Tensor, ""] | None = None
 
-
-def retrieval(batch: RetrievalEmbeddings, settings: Mapping[str, Any]) -> Objective:
-    """InfoNCE; settings: weight, temperature, candidates."""
-    listed: dict[str, Any] = {
-        "owner": batch.owner,
-        "positive": batch.positive,
-        "slot": batch.slot,
-        "document_ids": batch.document_ids,
-        "relevant": batch.relevant,
-        "candidates": settings["candidates"],
-    }
-    loss = info_nce(_unit(batch.queries), _unit(batch.documents), temperature=settings["temperature"], **listed)
-    return Objective(settings["weight"] * loss, {"info_nce": loss}, count_candidates(len(batch.queries), **listed))
+    @property
+    def loss(self) -> Float[Tensor, ""]:
+        return torch.stack([self.weights[name] * part for name, part in self.parts.items()]).sum()
 
 
-def similarity(batch: SimilarityEmbeddings, settings: Mapping[str, Any]) -> Objective:
-    """Pearson, RankKL, PRO and MidNCE; a part of weight 0 is not computed."""
-    cosine = (_unit(batch.left) * _unit(batch.right)).sum(dim=-1)
-    t = settings["temperature"]
-    compute: dict[str, Callable[[], Tensor]] = {
-        "pearson": lambda: pearson(cosine, batch.target),
-        "rank_kl": lambda: rank_kl(cosine, batch.target, temperature=t, reduction=settings["reduction"]),
-        "pro": lambda: pro(cosine, batch.target, temperature=t),
-        "mid_nce": lambda: _mid_nce(batch, settings),
-    }
-    parts = {name: part() for name, part in compute.items() if settings[name]}
-    total = torch.stack([settings[name] * value for name, value in parts.items()]).sum()
-    return Objective(settings["weight"] * total, parts)
-
-
-OBJECTIVES: dict[str, Callable[[Any, Mapping[str, Any]], Objective]] = {
-    "retrieval": retrieval,
-    "similarity": similarity,
+# From normalised embeddings and settings to a scalar.
+LIST_LOSSES: dict[str, Callable[[Lists, Settings], Tensor]] = {
+    "info_nce": lambda batch, settings: info_nce(
+        batch.queries,
+        batch.documents,
+        **_listing(batch),
+        slot=batch.slot,
+        **_some(settings, "temperature", "candidates", "hardness", "false_negative_margin", "symmetric", "chunk_size"),
+    ),
+    "triplet": lambda batch, settings: triplet(
+        batch.queries, batch.documents, **_listing(batch), margin=settings["margin"]
+    ),
+    "list_softmax": lambda batch, settings: list_softmax(
+        batch.queries, batch.documents, owner=batch.owner, scores=batch.scores, temperature=settings["temperature"]
+    ),
+}
+PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
+    "pearson": lambda batch, _: pearson(batch.cosine, batch.target),
+    "rank_kl": lambda batch, settings: rank_kl(
+        batch.cosine, batch.target, **_some(settings, "temperature", "reduction")
+    ),
+    "pro": lambda batch, settings: pro(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "mid_nce": lambda batch, settings: _pair_nce(batch, batch.left_middle, batch.right_middle, settings),
+    "cosent": lambda batch, settings: cosent(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "angle": lambda batch, settings: angle(batch.left, batch.right, batch.target, **_some(settings, "temperature")),
+    "list_net": lambda batch, settings: list_net(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "list_mle": lambda batch, settings: list_mle(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "rank_net": lambda batch, settings: rank_net(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "lambda_rank": lambda batch, settings: lambda_rank(batch.cosine, batch.target, **_some(settings, "temperature")),
+    "soft_spearman": lambda batch, _: soft_spearman(batch.cosine, batch.target),
+    "cosine_mse": lambda batch, _: cosine_mse(batch.cosine, batch.target),
+    "info_nce": lambda batch, settings: _pair_nce(batch, batch.left, batch.right, settings),
 }
 
 
-def _mid_nce(batch: SimilarityEmbeddings, settings: Mapping[str, Any]) -> Tensor:
-    assert batch.left_middle is not None
-    assert batch.right_middle is not None
+def lists(batch: Lists, settings: Settings, dim: int | None = None) -> Objective:
+    """The loss `settings["type"]` names, on the first `dim` dimensions."""
+    name = settings["type"]
+    counted = count_candidates(
+        len(batch.queries), **_listing(batch), slot=batch.slot, candidates=settings["candidates"]
+    )
+    loss = LIST_LOSSES[name](batch.prefix(dim), settings)
+    return Objective({name: loss}, {name: settings["weight"]}, None if name == "list_softmax" else counted)
+
+
+def pairs(batch: Pairs, settings: Settings, dim: int | None = None) -> Objective:
+    """Every loss with a weight above 0, on the first `dim` dimensions; the others are not computed."""
+    weights = {name: settings["weight"] * settings[name] for name in PAIR_LOSSES if settings[name]}
+    batch = batch.prefix(dim)
+    return Objective({name: PAIR_LOSSES[name](batch, settings) for name in weights}, weights)
+
+
+SHAPES: dict[str, Callable[..., Objective]] = {"lists": lists, "pairs": pairs}
+
+
+def matryoshka(
+    objective: Callable[..., Objective], batch: Any, settings: Settings, dims: Sequence[int], weights: Sequence[float]
+) -> Objective:
+    """The objective on prefixes of the embedding (Kusupati et al., 2022), parts named `<part>@<dim>`.
+
+    What does not look at the embedding (the middle layer) is computed once, with the first of the dims.
+    """
+    parts: dict[str, Tensor] = {}
+    part_weights: dict[str, float] = {}
+    candidates = None
+    for place, (dim, weight) in enumerate(zip(dims, weights, strict=True)):
+        if place and "mid_nce" in settings:
+            settings = {**settings, "mid_nce": 0}
+        one = objective(batch, settings, dim)
+        candidates = one.candidates
+        parts |= {f"{name}@{dim}": part for name, part in one.parts.items()}
+        part_weights |= {f"{name}@{dim}": weight * part for name, part in one.weights.items()}
+    return Objective(parts, part_weights, candidates)
+
+
+@dataclass
+class RunningScale:
+    """Divides parts by the running mean of their size, so that weights compare parts of like size.
+
+    Sizes of 0 (nothing in the batch for this part) do not count. The divisor carries no gradient.
+
+    Attributes:
+        momentum: what of the mean is kept at each batch.
+        means: by part.
+    """
+
+    momentum: float = 0.99
+    means: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+    def __call__(self, task: str, objective: Objective) -> Objective:
+        """The objective with its parts divided."""
+        parts = {}
+        for name, part in objective.parts.items():
+            size, key = part.detach().abs(), f"{task}/{name}"
+            before = self.means.get(key, size).to(size.device)
+            mean = torch.where(before > 0, self.momentum * before + (1 - self.momentum) * size, size)
+            self.means[key] = torch.where(size > 0, mean, before)
+            parts[name] = part / torch.where(self.means[key] > 0, self.means[key], 1)
+        return replace(objective, parts=parts)
+
+
+def _listing(batch: Lists) -> dict[str, Any]:
+    return {name: getattr(batch, name) for name in ("owner", "positive", "document_ids", "relevant")}
+
+
+def _some(settings: Settings, *names: str) -> dict[str, Any]:
+    return {name: settings[name] for name in names}
+
+
+def _pair_nce(batch: Pairs, left: Tensor | None, right: Tensor | None, settings: Settings) -> Tensor:
+    assert left is not None
+    assert right is not None
     return mid_nce(
-        _unit(batch.left_middle),
-        _unit(batch.right_middle),
+        left,
+        right,
         batch.target,
         left_ids=batch.left_ids,
         right_ids=batch.right_ids,

@@ -29,6 +29,7 @@ from codiemb.encoder.model import check_weights, load_encoder, max_length, promp
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import nearest_folder, require_folder
+from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.distributed import barrier, rank, world_size
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint, training_arguments
@@ -80,19 +81,13 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
     """
     records = {source.name: load_records(source) for source in config.data}
     for name, source in records.items():
-        if source.source.task == "similarity" and len(source) < 2:
+        if TASKS[source.source.task].shape == "pairs" and len(source) < 2:
             raise DataError(f"source {name!r}", got="one pair", expected="at least two, to be put in order")
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
     require_readable(suite)
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
-    has_pairs = any(source.task == "similarity" for source in config.data)
-    if has_pairs and config.losses.similarity.mid_nce and not any(isinstance(module, Pooling) for module in encoder):
-        raise ConfigError(
-            "losses.similarity.mid_nce",
-            got=f"{config.losses.similarity.mid_nce:g} and a model without a Pooling module",
-            expected="0, because there is no pooling to apply to the middle layer",
-        )
+    _require_fitting(config, encoder)
     training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
@@ -153,6 +148,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         os.replace(writing, run / "model")
     barrier()
     return TrainResult(run / "model", base, trained, suite)
+
+
+def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
+    """Refuses losses that this model cannot have."""
+    for task in sorted({source.task for source in config.data if TASKS[source.task].shape == "pairs"}):
+        weight = getattr(config.losses, task).mid_nce
+        if weight and not any(isinstance(module, Pooling) for module in encoder):
+            raise ConfigError(
+                f"losses.{task}.mid_nce",
+                got=f"{weight:g} and a model without a Pooling module",
+                expected="0, because there is no pooling to apply to the middle layer",
+            )
+    dim = encoder.get_embedding_dimension()
+    if config.losses.matryoshka and dim is not None and max(config.losses.matryoshka.dims) > dim:
+        raise ConfigError(
+            "losses.matryoshka.dims",
+            got=max(config.losses.matryoshka.dims),
+            expected=f"at most {dim}, the dimensions of {config.model.base}",
+        )
 
 
 def results_table(result: TrainResult) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -25,6 +26,7 @@ from codiemb.training.distributed import barrier, rank, world_size
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 
+BALANCE_FILE = "balance.json"
 _SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing"}
 
 
@@ -52,9 +54,8 @@ class JointTrainer(Trainer):
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
         if config.train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
-        super().__init__(
-            model=JointModel(encoder, config.losses), args=arguments, callbacks=[self.step_log, *callbacks]
-        )
+        self.joint = JointModel(encoder, config.losses)
+        super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
 
@@ -70,6 +71,9 @@ class JointTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_encoder(self.encoder, folder)
+        if self.joint.balance is not None:
+            means = {name: float(mean) for name, mean in self.joint.balance.means.items()}
+            (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written under a temporary name, then renamed: a folder named checkpoint-<step> is always complete."""
@@ -96,6 +100,9 @@ class JointTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
+        if self.joint.balance is not None:
+            means = json.loads((Path(resume_from_checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
+            self.joint.balance.means = {name: torch.tensor(mean) for name, mean in means.items()}
 
 
 def training_arguments(config: Config, device: torch.device) -> TrainingArguments:
