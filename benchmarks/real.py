@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
-import subprocess
 import time
 from pathlib import Path
+
+from machine import commit, machine
 
 from codiemb.config import load_config, load_suite
 from codiemb.encoder.model import load_encoder, open_model
@@ -53,9 +52,7 @@ def main() -> None:
         scores[run] = evaluate(open_model(str(model)), suites, arguments.out / "eval" / folder.name)
     print(table(scores, suites))
     facts = {"benchmark": "real", "scores": scores, "train_seconds": seconds, "steps": steps, "seed": config.seed}
-    machine = {"cores": os.cpu_count(), "machine": platform.machine()}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RECIPES).stdout.strip()
-    print(json.dumps({**facts, **machine, "versions": versions(), "commit": commit}))
+    print(json.dumps({**facts, **machine(), "versions": versions(), "commit": commit()}))
 
 
 def evaluate(encoder, suites, out: Path) -> dict[str, float]:
