@@ -62,18 +62,26 @@ class Plan:
         tasks: task by source name.
         settings: the `batching` section.
         seed: seed of every shuffle.
+        batch_sizes: rows of a batch by source name; else each source has the batch size of its task.
 
     Raises:
         ConfigError: `drop_last` leaves a source without a batch.
     """
 
-    def __init__(self, lengths: dict[str, int], tasks: dict[str, str], settings: Batching, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: dict[str, int],
+        tasks: dict[str, str],
+        settings: Batching,
+        seed: int,
+        batch_sizes: dict[str, int] | None = None,
+    ) -> None:
         self.lengths = lengths
         self.tasks = tasks
         self.settings = settings
         self.seed = seed
         self.names = list(lengths)
-        self.batch_sizes = {name: getattr(settings, tasks[name]).batch_size for name in self.names}
+        self.batch_sizes = batch_sizes or {name: getattr(settings, tasks[name]).batch_size for name in self.names}
         self.batches_per_pass = {}
         for name, rows in lengths.items():
             size = self.batch_sizes[name]

@@ -95,8 +95,7 @@ def embed(
             output = encoder(dict(features))
             finals.append(output["sentence_embedding"].float())
             if middle:
-                layers = output["all_layer_embeddings"]
-                middles.append(_pool(encoder, output, layers[len(layers) // 2]).float())
+                middles.append(pool_middle(encoder, output).float())
     return Embeddings(torch.cat(finals)[place], torch.cat(middles)[place] if middle else None)
 
 
@@ -128,6 +127,15 @@ def encode(
     return embeddings
 
 
+def pool_middle(encoder: SentenceTransformer, output: Features) -> Float[Tensor, "text hidden"]:
+    """The pooled middle layer, from the output of a forward pass inside `hidden_states`."""
+    layers = output["all_layer_embeddings"]
+    for module in encoder:
+        if isinstance(module, Pooling):
+            return module({**output, "token_embeddings": layers[len(layers) // 2]})["sentence_embedding"]
+    raise TypeError("the encoder has no Pooling module, so a middle layer cannot be pooled (mid_nce)")
+
+
 def _cut(features: Features, budget: int) -> list[tuple[list[int], Features]]:
     """Rows of padded features, longest first, in micro-batches of at most `budget` padded tokens, trimmed."""
     mask = features["attention_mask"]
@@ -156,13 +164,6 @@ def _cut(features: Features, budget: int) -> list[tuple[list[int], Features]]:
 
 def _multiple_of_8(length: int, most: int) -> int:
     return min(-(-length // 8) * 8, most)
-
-
-def _pool(encoder: SentenceTransformer, output: Features, tokens: Tensor) -> Tensor:
-    for module in encoder:
-        if isinstance(module, Pooling):
-            return module({**output, "token_embeddings": tokens})["sentence_embedding"]
-    raise TypeError("the encoder has no Pooling module, so a middle layer cannot be pooled (mid_nce)")
 
 
 def _to(value: Any, device: torch.device) -> Any:
