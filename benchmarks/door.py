@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import signal
 import string
 import subprocess
 import sys
@@ -67,19 +66,14 @@ def run(variant: str, limit: float) -> dict[str, object]:
             [*command, "--worker", variant],
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
             code: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
             code = None
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.terminate()  # torchrun then ends its processes
+            process.wait()
         output.seek(0)
         said = output.read()
     if code:
@@ -123,8 +117,6 @@ def train(variant: str) -> None:
         )
         print(f"[{trainer.args.process_index}] starts", flush=True)
         trainer.train()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 class Announcing(SentenceTransformerTrainer):

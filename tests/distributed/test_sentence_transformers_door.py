@@ -6,7 +6,6 @@ of sentence-transformers alone it stands still at the first step; `benchmarks/do
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -75,26 +74,20 @@ def train(model_folder, out):
             json.dumps([log["loss"] for log in trainer.state.log_history if "loss" in log])
         )
         model.save(str(out / "model"), create_model_card=False)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    # The group is left to the end of the process: torch 2.13 can stand still in DDP's destructor once it is destroyed.
 
 
 def run(command, out):
-    """In a process group of its own, which is ended as a whole if it is not done in time."""
+    """On time-out by SIGTERM, upon which torchrun ends its processes too."""
     with (out / "said.txt").open("w") as said:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        process = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said, env=environment)
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
             process.wait()
-            pytest.fail(f"not done after {LIMIT} s: " + (out / "said.txt").read_text()[-2000:])
+            code = f"none after {LIMIT} s"
     assert code == 0, (out / "said.txt").read_text()[-4000:]
 
 
