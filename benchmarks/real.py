@@ -3,7 +3,8 @@
     python benchmarks/real.py runs/real-data --out runs/real-table
 
 Every run sees the same sources of its task, the same batches and the same number of steps of each task; scores are on
-test splits, in points of 0 to 100. Prints the table in Markdown, then one JSON line.
+test splits, in points of 0 to 100. Prints the table in Markdown, then one JSON line. Finished parts are kept, so that
+the same command goes on where it was cut off.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import time
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is loaded
 
 from machine import commit, machine
 
@@ -45,11 +48,12 @@ def main() -> None:
             scores["base"] = evaluate(load_encoder(config.model), suites, arguments.out / "eval" / "base")
         config.data = [source for source in config.data if source.task in tasks]
         config.train.max_steps = steps or config.train.max_steps  # as many steps of its task as the joint run makes
-        started = time.perf_counter()
-        model = train(config, overwrite=True).model
-        seconds[run] = time.perf_counter() - started
-        steps = steps or len((folder / "metrics.jsonl").read_text().splitlines())
-        scores[run] = evaluate(open_model(str(model)), suites, arguments.out / "eval" / folder.name)
+        if not (folder / "model").is_dir():
+            train(config, overwrite=True)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds[run] = sum(line["seconds"] for line in lines)
+        steps = steps or len(lines)
+        scores[run] = evaluate(open_model(str(folder / "model")), suites, arguments.out / "eval" / folder.name)
     print(table(scores, suites))
     facts = {"benchmark": "real", "scores": scores, "train_seconds": seconds, "steps": steps, "seed": config.seed}
     print(json.dumps({**facts, **machine(), "versions": versions(), "commit": commit()}))
@@ -57,10 +61,13 @@ def main() -> None:
 
 def evaluate(encoder, suites, out: Path) -> dict[str, float]:
     """Headline metric by data set. The large untrained collections are encoded in bf16, the others in float32."""
-    results = evaluate_suite(encoder, suites["real-suite"], out)
-    results |= evaluate_suite(encoder, suites["real-ood-suite"], out, bf16=True)
-    headline = {source.name: HEADLINE[source.task] for suite in suites.values() for source in suite}
-    return {name: metrics[headline[name]] for name, metrics in results.items()}
+    found = {}
+    for suite, bf16 in (("real-suite", False), ("real-ood-suite", True)):
+        for source in suites[suite]:
+            if not (out / f"{source.name}.json").is_file():
+                evaluate_suite(encoder, [source], out, bf16=bf16)
+            found[source.name] = json.loads((out / f"{source.name}.json").read_text())["metrics"][HEADLINE[source.task]]
+    return found
 
 
 def table(scores, suites) -> str:
