@@ -7,7 +7,7 @@ import torch
 
 from codiemb import losses
 from codiemb.config import Losses
-from codiemb.losses import info_nce, list_softmax, mid_nce, objective, pearson, pro, rank_kl, triplet
+from codiemb.losses import info_nce, list_softmax, mid_nce, objective, pearson, pro, rank_kl, retrieval, triplet
 from codiemb.losses.objective import LIST_LOSSES, PAIR_LOSSES, SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
 
 PARTS = ("pearson", "rank_kl", "pro", "mid_nce")
@@ -131,6 +131,27 @@ def test_candidates_are_counted(queries_and_documents):
         for candidates in ("all", "same_slot")
     ]
     assert counts == [15 / 4, 11 / 4]
+
+
+def test_candidates_are_counted_in_tiles_too(queries_and_documents, monkeypatch):
+    """Of 6 documents at most 2 are looked at together; triplets have the candidates `all`, whatever is asked for."""
+    seen = []
+    relevance = retrieval._relevance
+    monkeypatch.setattr(retrieval, "_relevance", lambda *a: seen.append(len(a[2])) or relevance(*a))
+    for candidates, expected in (("all", 15 / 4), ("same_slot", 11 / 4)):
+        settings = retrieval_settings(candidates=candidates, chunk_size=2)
+        assert SHAPES["lists"](queries_and_documents, settings).candidates == expected
+    assert max(seen) == 2
+    settings = retrieval_settings(type="triplet", candidates="same_slot")
+    assert SHAPES["lists"](queries_and_documents, settings).candidates == 15 / 4
+
+
+@pytest.mark.parametrize("name", ["info_nce", "triplet", "list_softmax"])
+def test_a_batch_without_documents_is_zero(queries_and_documents, name):
+    """As where each query has a label of its own and no negatives are drawn; `relevant` names ids all the same."""
+    fields = ("documents", "owner", "positive", "slot", "document_ids", "scores")
+    batch = replace(queries_and_documents, **{field: getattr(queries_and_documents, field)[:0] for field in fields})
+    assert SHAPES["lists"](batch, retrieval_settings(type=name)).loss == 0
 
 
 def test_settings_and_tables_name_the_same_losses():

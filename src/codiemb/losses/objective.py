@@ -130,11 +130,18 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
 def lists(batch: Lists, settings: Settings, dim: int | None = None) -> Objective:
     """The loss `settings["type"]` names, on the first `dim` dimensions."""
     name = settings["type"]
-    counted = count_candidates(
-        len(batch.queries), **_listing(batch), slot=batch.slot, candidates=settings["candidates"]
-    )
+    counted = None
+    if name != "list_softmax":
+        candidates = settings["candidates"] if name == "info_nce" else "all"
+        counted = count_candidates(
+            len(batch.queries),
+            **_listing(batch),
+            slot=batch.slot,
+            candidates=candidates,
+            chunk_size=settings["chunk_size"],
+        )
     loss = LIST_LOSSES[name](batch.prefix(dim), settings)
-    return Objective({name: loss}, {name: settings["weight"]}, None if name == "list_softmax" else counted)
+    return Objective({name: loss}, {name: settings["weight"]}, counted)
 
 
 def pairs(batch: Pairs, settings: Settings, dim: int | None = None) -> Objective:

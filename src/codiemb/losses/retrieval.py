@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from codiemb.losses.graded import check_temperature
-from codiemb.losses.tiles import Contrast, contrast, upcast
+from codiemb.losses.tiles import Contrast, blocks, contrast, upcast
 
 
 def info_nce(
@@ -206,15 +206,20 @@ def count_candidates(
     slot: Int[Tensor, " document"] | None = None,
     relevant: Int[Tensor, "pair 2"] | None = None,
     candidates: Literal["all", "same_slot"] = "all",
+    chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
     """Documents in the denominator of a term, its positive aside, on average over the terms (nan without terms)."""
     term = _terms(owner, positive)
     row = owner[term]
     ids = torch.arange(len(owner), device=owner.device) if document_ids is None else document_ids
-    excluded = _relevance(_known(row, ids[term], relevant), slice(0, queries), ids)[row]
-    if candidates == "same_slot" and slot is not None:
-        excluded |= positive & (slot != slot[term][:, None])
-    return (~excluded).sum(dim=1).float().mean()
+    known = _known(row, ids[term], relevant)
+    count = torch.zeros(len(term), device=owner.device)
+    for columns in blocks(len(owner), chunk_size):
+        excluded = _relevance(known, slice(0, queries), ids[columns])[row]
+        if candidates == "same_slot" and slot is not None:
+            excluded |= positive[columns] & (slot[columns] != slot[term][:, None])
+        count += (~excluded).sum(dim=1)
+    return count.mean()
 
 
 def _terms(owner: Tensor, positive: Tensor) -> Int[Tensor, " term"]:

@@ -86,7 +86,7 @@ class _Tiled(torch.autograd.Function):
         wide = upcast(anchors)
         target = (wide[row] * upcast(documents[own])).sum(dim=-1) / terms.temperature
         others = wide.new_full((len(wide),), -torch.inf)
-        for columns in _blocks(len(documents), chunk_size):
+        for columns in blocks(len(documents), chunk_size):
             logits = terms.logits(wide @ upcast(documents[columns]).T, columns)
             others = torch.logaddexp(others, _log_sum_exp(logits))
         ctx.save_for_backward(anchors, documents, row, own, others)
@@ -100,7 +100,7 @@ class _Tiled(torch.autograd.Function):
         of_anchors, of_documents = torch.zeros_like(wide), torch.empty_like(documents)
         factor = (to_others / terms.temperature)[:, None]
         others = others.masked_fill(others == -torch.inf, 0)[:, None]  # its logits are all -inf: no share, no gradient
-        for columns in _blocks(len(documents), ctx.chunk_size):
+        for columns in blocks(len(documents), ctx.chunk_size):
             block = upcast(documents[columns])
             share = terms.logits(wide @ block.T, columns).sub_(others).exp_().mul_(factor)
             of_anchors.addmm_(share, block)
@@ -116,7 +116,9 @@ def upcast(embeddings: Tensor) -> Tensor:
     return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
 
 
-def _blocks(documents: int, chunk_size: int) -> list[slice]:
+def blocks(documents: int, chunk_size: int | None) -> list[slice]:
+    """Ranges of at most `chunk_size` columns; one of all of them for None."""
+    chunk_size = chunk_size or max(documents, 1)
     return [slice(start, min(start + chunk_size, documents)) for start in range(0, documents, chunk_size)]
 
 
