@@ -165,19 +165,20 @@ def test_settings_and_tables_name_the_same_losses():
 
 @pytest.mark.parametrize("name", sorted({*PAIR_LOSSES} - {*PARTS, "angle", "info_nce"}))
 def test_a_named_loss_stands_alone_and_is_that_function(pairs, name):
-    found = SHAPES["pairs"](pairs, similarity_settings(**{name: 3}))
+    found = SHAPES["pairs"](pairs, similarity_settings(**{name: 3}, temperature=0.3))
     cosine = torch.cosine_similarity(pairs.left, pairs.right)
-    expected = getattr(losses, name)(cosine, pairs.target)
+    temperature = {} if name == "cosine_mse" else {"temperature": 0.3}
+    expected = getattr(losses, name)(cosine, pairs.target, **temperature)
     assert found.parts.keys() == {name}
     torch.testing.assert_close(found.loss, 3 * expected)
 
 
 def test_angle_and_info_nce_take_the_embeddings(pairs):
-    found = SHAPES["pairs"](pairs, similarity_settings(angle=1, info_nce=1, mid_nce_threshold=0.6))
+    found = SHAPES["pairs"](pairs, similarity_settings(angle=1, info_nce=1, mid_nce_threshold=0.6, temperature=0.3))
     left, right = unit(pairs.left), unit(pairs.right)
     ids = {"left_ids": pairs.left_ids, "right_ids": pairs.right_ids}
     expected = {
-        "angle": losses.angle(left, right, pairs.target),
+        "angle": losses.angle(left, right, pairs.target, temperature=0.3),
         "info_nce": mid_nce(left, right, pairs.target, threshold=0.6, **ids),
     }
     torch.testing.assert_close(found.parts, expected)

@@ -121,7 +121,9 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
     "list_mle": lambda batch, settings: list_mle(batch.cosine, batch.target, **_some(settings, "temperature")),
     "rank_net": lambda batch, settings: rank_net(batch.cosine, batch.target, **_some(settings, "temperature")),
     "lambda_rank": lambda batch, settings: lambda_rank(batch.cosine, batch.target, **_some(settings, "temperature")),
-    "soft_spearman": lambda batch, _: soft_spearman(batch.cosine, batch.target),
+    "soft_spearman": lambda batch, settings: soft_spearman(
+        batch.cosine, batch.target, **_some(settings, "temperature")
+    ),
     "cosine_mse": lambda batch, _: cosine_mse(batch.cosine, batch.target),
     "info_nce": lambda batch, settings: _pair_nce(batch, batch.left, batch.right, settings),
 }
