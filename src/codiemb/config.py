@@ -298,10 +298,14 @@ def load_suite(path: str | Path, data_root: str | Path | None = None) -> list[So
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML that `load_config` reads again; tasks without a source are left out."""
+    """The resolved configuration as YAML that `load_config` reads again."""
+    return yaml.safe_dump(used_settings(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def used_settings(config: Config) -> dict[str, Any]:
+    """Every setting by section; tasks without a source are left out."""
     unused = {*TASKS} - {source.task for source in config.data}
-    content = config.model_dump(mode="json", exclude={"batching": unused, "losses": unused})
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return config.model_dump(mode="json", exclude={"batching": unused, "losses": unused})
 
 
 def _absolute(source: Source, root: Path) -> Source:

@@ -558,6 +558,36 @@ def test_resume_from_a_damaged_checkpoint(workplace):
     workplace.refused("checkpoint-2", arguments=("--resume",))
 
 
+@pytest.mark.parametrize("content", [None, "{", "[1]", '{"a": "b"}', '{"a": null}', '{"a": -1}', '{"a": NaN}'])
+def test_resume_with_balance_from_a_checkpoint_without_sizes(workplace, content):
+    workplace.config["losses"] = {"balance": "magnitude"}
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    workplace.run("train")
+    workplace.capsys.readouterr()
+    shutil.rmtree(workplace.folder / "run" / "model")  # as if it had stopped before the end
+    sizes = workplace.folder / "run" / "checkpoint-2" / "balance.json"
+    if content is None:
+        sizes.unlink()
+    else:
+        sizes.write_text(content)
+    workplace.refused("balance.json", "losses.balance", arguments=("--resume",))
+
+
+def test_resume_with_settings_of_a_task_that_has_no_source(workplace):
+    """They do nothing and are not kept in the run's config.yaml, so they are no other settings."""
+    workplace.config["losses"] = {"reranking": {"temperature": 0.2}}
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    workplace.run("train")
+    shutil.rmtree(workplace.folder / "run" / "model")
+    workplace.run("train", "--resume")
+    assert (workplace.folder / "run" / "model").is_dir()
+    shutil.rmtree(workplace.folder / "run" / "model")
+    workplace.config["losses"]["retrieval"] = {"temperature": 0.2}
+    workplace.write("config.yaml", yaml.safe_dump(workplace.config))
+    workplace.capsys.readouterr()
+    workplace.refused("--resume, losses", "other settings", arguments=("--resume",))
+
+
 def test_output_dir_is_a_file(workplace):
     workplace.write("run", "a file")
     workplace.refused("run", "a file", "a folder")

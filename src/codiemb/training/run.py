@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
-from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config, load_suite
+from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config, load_suite, used_settings
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
@@ -32,7 +32,13 @@ from codiemb.files import nearest_folder, require_folder
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.distributed import barrier, rank, world_size
-from codiemb.training.trainer import JointTrainer, checkpoint_bytes, newest_checkpoint, training_arguments
+from codiemb.training.trainer import (
+    JointTrainer,
+    checkpoint_bytes,
+    newest_checkpoint,
+    read_balance,
+    training_arguments,
+)
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -215,13 +221,15 @@ def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> Path |
         )
     if checkpoint is not None:
         check_weights(checkpoint)
+        if config.losses.balance != "none":
+            read_balance(checkpoint)
         _require_same(config, run / "config.yaml")
     return checkpoint
 
 
 def _require_same(config: Config, file: Path) -> None:
     """Refuses to go on with a run under other settings: its plan and its schedule would be another's."""
-    started, now = load_config(file).model_dump(mode="json"), config.model_dump(mode="json")
+    started, now = used_settings(load_config(file)), used_settings(config)
     if different := [section for section in now if now[section] != started[section]]:
         raise ConfigError(
             f"--resume, {', '.join(different)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -101,7 +102,7 @@ class JointTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
         if self.joint.balance is not None:
-            means = json.loads((Path(resume_from_checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
+            means = read_balance(Path(resume_from_checkpoint))
             self.joint.balance.means = {name: torch.tensor(mean) for name, mean in means.items()}
 
 
@@ -148,6 +149,28 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the most steps."""
     checkpoints = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def read_balance(checkpoint: Path) -> dict[str, float]:
+    """The running sizes of the loss parts that a checkpoint holds.
+
+    Raises:
+        CheckpointError: no such file, or no sizes in it.
+    """
+    file = checkpoint / BALANCE_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        means = {name: float(mean) for name, mean in content.items()}
+        if not all(0 <= mean < math.inf for mean in means.values()):
+            raise ValueError("a size that is negative or not finite")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"file {file}",
+            got="nothing there" if isinstance(error, FileNotFoundError) else error,
+            expected="the size of each loss part, because losses.balance is on",
+            fix="resume from an earlier checkpoint (remove this one), or start a new run",
+        ) from None
+    return means
 
 
 def checkpoint_bytes(encoder: SentenceTransformer) -> int:
