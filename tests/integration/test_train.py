@@ -221,3 +221,27 @@ def test_every_task_trains_in_one_run_with_balance_and_prefixes(config_file, tmp
     (run / "checkpoint-4").rename(halted / "checkpoint-4")
     train(load_config(config_file, [f"output_dir={halted}"]), resume=True)
     assert_equal_weights(run / "model", halted / "model", rtol=0, atol=0)
+
+
+def test_parts_of_one_name_in_a_paired_step_are_all_logged(config_file, tmp_path):
+    """Retrieval and classification both have `info_nce`; no label is there twice, so classification has no term."""
+    alone = [{"query": row["text"], "label": n} for n, row in enumerate(TOPICS)]
+    write_lines(tmp_path / "topics.jsonl", alone)
+    content = yaml.safe_load(config_file.read_text())
+    content["data"].insert(0, {"name": "topics", "task": "classification", "path": "topics.jsonl"})
+    content["batching"]["schedule"] = "paired"
+    content["train"] |= {"max_steps": 2, "save_strategy": "no"}
+    del content["evaluation"]
+    config_file.write_text(yaml.safe_dump(content))
+    train(load_config(config_file))
+    for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        assert "NaN" not in text  # which is no JSON
+        line = json.loads(text)
+        assert line["loss/classification/info_nce"] == 0
+        assert line["loss/retrieval/info_nce"] > 0
+        assert "loss/info_nce" not in line
+        assert line["loss/pearson"] > 0
+        parts = [line[f"loss/{name}"] for name in ("pearson", "rank_kl", "pro", "mid_nce", "retrieval/info_nce")]
+        weights = (2, 5, 0.5, 1, 1)
+        expected = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)

@@ -7,8 +7,10 @@ that no step waits for the device.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +43,12 @@ class MetricsLog(TrainerCallback):
 
     def observe(self, batches: list[dict[str, Any]], objectives: list[dict[str, Any]]) -> None:
         """Takes what a step computed; called inside it."""
-        parts: dict[str, Tensor] = {}
-        for objective in objectives:
-            parts |= {f"loss/{name}": value for name, value in objective["parts"].items()}
+        shared = Counter(name for objective in objectives for name in objective["parts"])
+        parts = {
+            f"loss/{name}" if shared[name] == 1 else f"loss/{batch['task']}/{name}": value
+            for batch, objective in zip(batches, objectives, strict=True)
+            for name, value in objective["parts"].items()
+        }
         contrastive = [objective["candidates"] for objective in objectives if objective["candidates"] is not None]
         self.current = {
             "source": "+".join(batch["source"] for batch in batches),
@@ -106,6 +111,8 @@ class MetricsLog(TrainerCallback):
                     counts = dict(zip(COUNTS, waiting["counts"].tolist(), strict=True))
                     self.tokens += counts["tokens"]
                     line = {name: _number(value) for name, value in waiting.items() if name != "counts"} | counts
+                    if math.isnan(line["candidates_per_query"] or 0):  # no query of the batch has a positive
+                        line["candidates_per_query"] = None
                     file.write(json.dumps(line) + "\n")
             self.shown |= {task: float(loss) for task, loss in self.by_task.items()}
             losses = {f"loss {task}": f"{loss:.3f}" for task, loss in sorted(self.shown.items())}
