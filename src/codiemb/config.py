@@ -220,6 +220,11 @@ class Config(Section):
         weights = {"lists": self.losses.emphasis, "pairs": 1 - self.losses.emphasis}
         if not any(weights[TASKS[source.task].shape] for source in self.data):
             faults.append(f"losses.emphasis: got {self.losses.emphasis:g}, expected a value that trains some source")
+        elif not any(
+            weights[TASKS[task].shape] * getattr(self.losses, task).weight
+            for task in {source.task for source in self.data}
+        ):
+            faults.append("losses.<task>.weight: got 0 for every source that counts, expected one above 0")
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -97,8 +97,9 @@ def test_swapped_columns_are_warned_of(report):
 
 def test_scores_of_the_wrong_range_are_warned_of(report):
     narrow = [row | {"positive_scores": [n / 40]} for n, row in enumerate(PAIRS)]
-    (warning,) = report(pairs=narrow).warnings
+    warning, of_mid_nce = report(pairs=narrow).warnings
     assert "pairs: scores cover 0 to 0.1 of score_range 0 to 1" in warning
+    assert "mid_nce learns nothing" in of_mid_nce
     (warning,) = report(pairs=[row | {"positive_scores": [1]} for row in PAIRS]).warnings
     assert "pairs: every score is 1" in warning
 

@@ -13,6 +13,7 @@ import yaml
 import zstandard
 
 from codiemb import cli
+from tests.integration.conftest import PAIRS, QUERIES
 
 LONG = "x" * 300_000
 
@@ -586,6 +587,36 @@ def test_resume_with_settings_of_a_task_that_has_no_source(workplace):
     workplace.write("config.yaml", yaml.safe_dump(workplace.config))
     workplace.capsys.readouterr()
     workplace.refused("--resume, losses", "other settings", arguments=("--resume",))
+
+
+@pytest.mark.parametrize("emphasis", [0.5, 1])
+def test_weights_that_train_no_source(workplace, emphasis):
+    workplace.config["losses"] = {"emphasis": emphasis, "retrieval": {"weight": 0}, "similarity": {"weight": 0}}
+    workplace.refused("losses.<task>.weight", "above 0")
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "losses", "warning"),
+    [
+        ("similarity", PAIRS, {"info_nce": 1}, "no score reaches mid_nce_threshold 1 of the range; info_nce learns"),
+        ("similarity", PAIRS, {}, "; mid_nce learns nothing from it"),
+        ("similarity", PAIRS, {"mid_nce": 0}, None),
+        ("similarity", PAIRS, {"mid_nce_threshold": 0.9}, None),
+        ("classification", [{"query": "a", "label": "x"}, {"query": "b", "label": "x"}], {}, "the same label"),
+        ("reranking", QUERIES, {}, "1 of 3 lists hold one document; list_softmax learns nothing there"),
+        ("reranking", QUERIES, {"type": "info_nce"}, None),
+        ("retrieval", QUERIES, {"type": "list_softmax"}, "1 of 3 lists hold one document"),
+    ],
+)
+def test_a_source_from_which_a_loss_learns_nothing_is_warned_of(workplace, task, rows, losses, warning):
+    workplace.rows("source.jsonl", *rows)
+    workplace.config |= {
+        "data": [{"name": "source", "task": task, "path": "source.jsonl"}],
+        "losses": {task: losses},
+    }
+    workplace.run("check")
+    shown = workplace.capsys.readouterr().out
+    assert (warning in shown) if warning else ("learns nothing" not in shown)
 
 
 def test_output_dir_is_a_file(workplace):

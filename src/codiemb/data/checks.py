@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from codiemb.batching.plan import Plan
 from codiemb.config import Config, Role, Source
@@ -16,6 +18,7 @@ from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
 from codiemb.data.store import Records, load_records
 from codiemb.tasks import TASKS
+from codiemb.tasks.task import PairLosses
 
 SAMPLE = 2000  # rows of a source whose texts are tokenised
 BINS = 10
@@ -138,15 +141,19 @@ def check(
             facts["dropped"]["in the last batch of a pass, with drop_last"] = remainder
         if TASKS[source.source.task].shape == "pairs":
             facts["scores"], score_warnings = _scores(source)
-            warnings += score_warnings
+            warnings += [*score_warnings, *_without_positive(source, getattr(config.losses, source.source.task))]
         elif (labels := source.column("label_id").drop_null()).length():
             counts_of_labels = np.unique(labels.to_numpy(), return_counts=True)[1]
             facts["labels"] = len(counts_of_labels)
             if alone := int((counts_of_labels == 1).sum()):
-                warnings.append(f"{name}: {alone} rows have a label that no other row has; nothing draws them anywhere")
+                warnings.append(f"{name}: {alone} rows have a label that no other row has, and so no positive")
+            if len(counts_of_labels) == 1:
+                warnings.append(f"{name}: all rows have the same label; a loss learns nothing from it")
         else:
             facts["positives_per_query"] = len(source.column("positive_ids").combine_chunks().flatten()) / len(source)
             facts["negatives_per_query"] = len(source.column("negative_ids").combine_chunks().flatten()) / len(source)
+            if getattr(config.losses, source.source.task).type == "list_softmax":
+                warnings += _without_order(source)
             if "query" in tokens and tokens["query"]["p50"] > 2 * tokens["document"]["p50"]:
                 warnings.append(
                     f"{name}: queries are longer than documents ({tokens['query']['p50']} against "
@@ -212,6 +219,31 @@ def _scores(source: Records) -> tuple[dict[str, Any], list[str]]:
             "is the range right?"
         )
     return {"range": [low, high], "lowest": lowest, "highest": highest, "histogram": histogram}, warnings
+
+
+def _without_positive(source: Records, losses: PairLosses) -> list[str]:
+    """A warning where a loss that needs positives has none: it is 0 in every batch."""
+    highest = float(np.max(source.column("positive_scores").combine_chunks().flatten()))
+    return [
+        f"{source.source.name}: no score reaches mid_nce_threshold {losses.mid_nce_threshold:g} of the range; {name} "
+        "learns nothing from it"
+        for name in ("mid_nce", "info_nce")
+        if getattr(losses, name) and highest < losses.mid_nce_threshold
+    ]
+
+
+def _without_order(source: Records) -> list[str]:
+    """A warning where `list_softmax` has nothing to tell apart in a list: it is 0 there."""
+    texts = _lengths(source.column("positive_ids")) + _lengths(source.column("negative_ids"))
+    if not (alone := int(np.count_nonzero(texts < 2))):
+        return []
+    return [
+        f"{source.source.name}: {alone} of {len(source)} lists hold one document; list_softmax learns nothing there"
+    ]
+
+
+def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(pc.list_value_length(lists).combine_chunks())
 
 
 def _overlaps(records: dict[str, Records], suite: list[Source]) -> list[dict[str, Any]]:

@@ -134,12 +134,11 @@ def lists(batch: Lists, settings: Settings, dim: int | None = None) -> Objective
     name = settings["type"]
     counted = None
     if name != "list_softmax":
-        candidates = settings["candidates"] if name == "info_nce" else "all"
         counted = count_candidates(
             len(batch.queries),
             **_listing(batch),
             slot=batch.slot,
-            candidates=candidates,
+            candidates="all" if name == "triplet" else settings["candidates"],
             chunk_size=settings["chunk_size"],
         )
     loss = LIST_LOSSES[name](batch.prefix(dim), settings)
