@@ -178,6 +178,24 @@ def test_compiled_gives_the_same(chunk_size):
     assert_equal(found, with_gradients(info_nce(*inputs, **options), *inputs))
 
 
+@pytest.mark.parametrize("loss", ["plain", "chunks", "triplet", "list_softmax"])
+def test_autocast_rounds_no_score(loss):
+    """Scores in bf16 over t = 0.02 are wrong by 0.2; with chunks the backward pass would divide by another sum."""
+    docs, inputs = ragged(), embeddings(16, dtype=torch.float32)
+
+    def value():
+        if loss == "triplet":
+            return triplet(*inputs, **triplet_fields(docs))
+        if loss == "list_softmax":
+            return list_softmax(*inputs, owner=docs.owner, scores=docs.positive.float())
+        return info_nce(*inputs, chunk_size=3 if loss == "chunks" else None, **vars(docs))
+
+    expected = with_gradients(value(), *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value()
+    assert_equal(with_gradients(found, *inputs), expected)
+
+
 def test_no_table_of_queries_by_documents_is_made_with_chunks(monkeypatch):
     """Every score and every mask goes through these two; with chunks of 3 none is wider."""
     seen = []

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from codiemb.losses.graded import check_temperature
-from codiemb.losses.tiles import Contrast, blocks, contrast, upcast
+from codiemb.losses.tiles import Contrast, blocks, contrast, products, upcast
 
 
 def info_nce(
@@ -152,7 +152,7 @@ def triplet(
     row = owner[term]
     ids = torch.arange(len(documents), device=owner.device) if document_ids is None else document_ids
     excluded = _relevance(_known(row, ids[term], relevant), slice(0, len(queries)), ids)
-    scores = queries @ documents.T
+    scores = products(queries, documents)
     hardest = scores.masked_fill(excluded, -torch.inf).amax(dim=1)
     losses = torch.relu(margin - scores[row, term] + hardest[row])
     return _mean_over_queries(losses, row, len(queries))
@@ -191,7 +191,7 @@ def list_softmax(
     own = owner == torch.arange(len(queries), device=owner.device)[:, None]
     gain = torch.where(own, scores.to(queries.dtype), 0)
     mass = gain.sum(dim=1, keepdim=True)
-    logits = (queries @ documents.T / temperature).masked_fill(~own, torch.finfo(queries.dtype).min)
+    logits = (products(queries, documents) / temperature).masked_fill(~own, torch.finfo(queries.dtype).min)
     log_share = torch.where(own, logits.log_softmax(dim=1), 0)
     losses = -(gain * log_share).sum(dim=1) / torch.where(mass > 0, mass, 1).squeeze(1)
     return losses.sum() / (mass > 0).sum().clamp(min=1)

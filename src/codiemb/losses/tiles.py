@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def contrast(
         return _Tiled.apply(anchors, documents, row, own, terms, chunk_size)
     anchors, documents = upcast(anchors), upcast(documents)
     target = (anchors[row] * documents[own]).sum(dim=-1) / terms.temperature
-    return target, _log_sum_exp(terms.logits(anchors @ documents.T, slice(0, len(documents))))
+    return target, _log_sum_exp(terms.logits(products(anchors, documents), slice(0, len(documents))))
 
 
 class _Tiled(torch.autograd.Function):
@@ -87,13 +88,14 @@ class _Tiled(torch.autograd.Function):
         target = (wide[row] * upcast(documents[own])).sum(dim=-1) / terms.temperature
         others = wide.new_full((len(wide),), -torch.inf)
         for columns in blocks(len(documents), chunk_size):
-            logits = terms.logits(wide @ upcast(documents[columns]).T, columns)
+            logits = terms.logits(products(wide, documents[columns]), columns)
             others = torch.logaddexp(others, _log_sum_exp(logits))
         ctx.save_for_backward(anchors, documents, row, own, others)
         ctx.terms, ctx.chunk_size = terms, chunk_size
         return target, others
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, to_target: Tensor, to_others: Tensor) -> tuple[Tensor | None, ...]:
         anchors, documents, row, own, others = ctx.saved_tensors
         terms, wide = ctx.terms, upcast(anchors)
@@ -102,9 +104,9 @@ class _Tiled(torch.autograd.Function):
         others = others.masked_fill(others == -torch.inf, 0)[:, None]  # its logits are all -inf: no share, no gradient
         for columns in blocks(len(documents), ctx.chunk_size):
             block = upcast(documents[columns])
-            share = terms.logits(wide @ block.T, columns).sub_(others).exp_().mul_(factor)
+            share = terms.logits(products(wide, block), columns).sub_(others).exp_().mul_(factor)
             of_anchors.addmm_(share, block)
-            of_documents[columns] = share.T @ wide
+            of_documents[columns] = products(share.T, wide.T)
         pull = (to_target / terms.temperature)[:, None]
         of_anchors.index_add_(0, row, pull * upcast(documents[own]))
         of_documents.index_add_(0, own, (pull * wide[row]).to(documents.dtype))
@@ -114,6 +116,12 @@ class _Tiled(torch.autograd.Function):
 def upcast(embeddings: Tensor) -> Tensor:
     """Float32 at least: products and sums of half-precision embeddings are not rounded to half precision."""
     return embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+
+
+def products(left: Float[Tensor, "row dim"], right: Float[Tensor, "column dim"]) -> Float[Tensor, "row column"]:
+    """Dot products, float32 at least, under autocast too."""
+    with torch.autocast(left.device.type, enabled=False):
+        return upcast(left) @ upcast(right).T
 
 
 def blocks(documents: int, chunk_size: int | None) -> list[slice]:
