@@ -7,7 +7,7 @@ of Hugging Face's `TrainingArguments`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, create_model, field_validator, model_validator
@@ -19,8 +19,10 @@ from codiemb.tasks import TASKS
 
 __all__ = ["ROLES", "Config", "Role", "Source", "dump_config", "load_config", "load_suite"]
 
-TaskName = Literal["retrieval", "similarity", "pair_classification", "classification", "clustering", "reranking"]
-assert get_args(TaskName) == tuple(TASKS)
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[tuple(TASKS)]
 
 
 class MaxLength(Section):
@@ -73,6 +75,16 @@ class Source(Section):
             if isinstance(names, list) and field not in ("positive", "negative"):
                 raise ValueError(f"expected one column for {field}; only positive and negative take a list")
         return value
+
+    @model_validator(mode="after")
+    def _labels_where_they_count(self) -> Source:
+        if self.columns and "label" in self.columns and not TASKS[self.task].labelled:
+            labelled = ", ".join(name for name, task in TASKS.items() if task.labelled)
+            raise ValueError(
+                f"columns.label: got a column, expected none, because only {labelled} take labels; "
+                "a pair's label goes under `score`"
+            )
+        return self
 
     @field_validator("score_range")
     @classmethod

@@ -135,6 +135,8 @@ def test_graded_lists_bring_their_scores(tmp_path, tiny_encoder):
         ("classification", [{"text": "a", "label": 0.5}], {"query": "text", "label": "label"}, "a whole number"),
         ("classification", [{"query": "a"}], None, "at least one positive text, or a label"),
         ("classification", [{"query": "a", "label": "x"}, {"query": "b", "positives": ["c"]}], None, "in all rows"),
+        ("classification", [{"query": "a", "positives": ["b"], "label": "x"}], None, "a label, and positives"),
+        ("clustering", [{"query": "a", "negatives": ["b"], "label": "x"}], None, "a label, and positives"),
         ("reranking", [{"query": "a", "positives": ["b"], "positive_scores": [-1]}], None, "a score below 0"),
         ("pair_classification", [{"query": "a", "positives": ["b"]}], None, "task is pair_classification"),
     ],
@@ -142,3 +144,10 @@ def test_graded_lists_bring_their_scores(tmp_path, tiny_encoder):
 def test_rows_that_a_task_cannot_use_are_refused(tmp_path, tiny_encoder, task, rows, columns, message):
     with pytest.raises(DataError, match=message):
         reader_of(tmp_path, tiny_encoder, task, rows, columns)
+
+
+@pytest.mark.parametrize("task", ["retrieval", "reranking", "similarity", "pair_classification"])
+def test_a_label_column_is_refused_where_it_would_be_passed_over(task):
+    columns = {"query": "a", "positive": "b", "label": "label"}
+    with pytest.raises(ConfigError, match=r"columns\.label: got a column.*only classification, clustering"):
+        validate(Source, {"name": "s", "task": task, "path": "s.jsonl", "columns": columns}, "config")

@@ -98,6 +98,13 @@ class RowReader:
         positives = self._texts(row, "positive", where)
         negatives = self._texts(row, "negative", where)
         label = self._label(row, where) if self.task.labelled else None
+        if label is not None and (positives or negatives):
+            raise DataError(
+                where,
+                got="a label, and positives or negatives",
+                expected="one or the other, because texts with the same label are the positives then",
+                fix="name the columns to read under `columns`",
+            )
         if self.task.shape == "pairs":
             positive_scores = [self._similarity_score(row, positives, negatives, where)]
             negative_scores: list[float] = []
