@@ -142,7 +142,7 @@ class Losses(_TaskLosses):
 
 
 class Train(Section):
-    """Names and meaning of Hugging Face's `TrainingArguments`."""
+    """Names and meaning of Hugging Face's `TrainingArguments`; `rank_check_steps` is ours."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -158,6 +158,7 @@ class Train(Section):
     bf16: Literal["auto"] | bool = "auto"
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
+    rank_check_steps: Positive = 50
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     logging_steps: Positive = 10
     save_strategy: Literal["steps", "epoch", "no"] = "steps"

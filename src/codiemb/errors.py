@@ -4,7 +4,8 @@ CodiembError
 ├── ConfigError       a setting, a command-line override, a suite file
 ├── DataError         a training or evaluation file
 ├── CheckpointError   a model folder or a checkpoint
-└── EvaluationError   an evaluation that cannot be run
+├── EvaluationError   an evaluation that cannot be run
+└── RankError         processes of one run that do not do the same
 """
 
 from __future__ import annotations
@@ -52,4 +53,8 @@ class CheckpointError(CodiembError):
 
 
 class EvaluationError(CodiembError):
+    pass
+
+
+class RankError(CodiembError):
     pass

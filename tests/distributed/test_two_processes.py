@@ -1,4 +1,4 @@
-"""Two processes with a slice each give every gradient of one process on the whole batch."""
+"""Two and four processes with a slice each give every gradient of one process on the whole batch."""
 
 import json
 
@@ -14,7 +14,7 @@ from codiemb.config import Batching, Losses, Source
 from codiemb.data.store import load_records
 from codiemb.training.joint import JointModel
 
-WORLD = 2
+WORLDS = (2, 4)
 QUERIES = [  # ragged, with a document that is the positive of one query and the negative of another
     {"query": "abc", "positives": ["abd", "xyz"], "negatives": ["mno", "pq"]},
     {"query": "codi", "positives": ["emb"], "negatives": []},
@@ -30,13 +30,26 @@ def step(**rows):
     return Step(0, 0, tuple(batches))
 
 
-STEPS = {
-    "ragged queries": (step(queries=[4, 0, 2, 1, 3]), "all"),
-    "ragged queries, same slot": (step(queries=[4, 0, 2, 1, 3]), "same_slot"),
-    "pairs": (step(pairs=[0, 1, 2, 3, 4]), "all"),
-    "one query for two ranks": (step(queries=[0]), "all"),
-    "one query and all pairs": (step(queries=[2], pairs=[3, 0, 1, 2, 4]), "all"),
-    "all queries and one pair": (step(queries=[0, 1, 2, 3, 4], pairs=[3]), "same_slot"),
+RAGGED = step(queries=[4, 0, 2, 1, 3])
+STEPS = {  # what a step holds, and settings of the losses
+    "ragged queries": (RAGGED, {}),
+    "same slot": (RAGGED, {"candidates": "same_slot"}),
+    "in chunks": (RAGGED, {"chunk_size": 3}),
+    "hardness and margin": (RAGGED, {"hardness": 2, "false_negative_margin": 0.05}),
+    "symmetric": (RAGGED, {"symmetric": True}),
+    "groups of two": (RAGGED, {"cross_device": False, "group_size": 2}),
+    "groups of three, symmetric": (RAGGED, {"cross_device": False, "group_size": 3, "symmetric": True}),
+    "triplets": (RAGGED, {"type": "triplet"}),
+    "graded lists": (RAGGED, {"type": "list_softmax"}),
+    "pairs": (step(pairs=[0, 1, 2, 3, 4]), {}),
+    "pairs, other losses": (
+        step(pairs=[0, 1, 2, 3, 4]),
+        {"pairs": {"cosent": 1, "angle": 1, "soft_spearman": 1, "info_nce": 1, "mid_nce_temperature": 0.5}},
+    ),
+    "prefixes": (step(queries=[4, 0, 2, 1, 3], pairs=[0, 1, 2, 3, 4]), {"matryoshka": {"dims": [16, 4]}}),
+    "one query for all ranks": (step(queries=[0]), {}),
+    "one query and all pairs": (step(queries=[2], pairs=[3, 0, 1, 2, 4]), {}),
+    "all queries and one pair": (step(queries=[0, 1, 2, 3, 4], pairs=[3]), {"candidates": "same_slot"}),
 }
 
 
@@ -54,15 +67,20 @@ def loss_and_gradients(model_folder, data_folder, rank, world):
     plan = Plan(lengths, tasks, Batching(retrieval={"positives": 2, "negatives": 2}), seed=0)
     reader = StepReader(plan, records, encoder, rank, world)
     results = {}
-    for name, (taken, candidates) in STEPS.items():
+    for name, (taken, settings) in STEPS.items():
+        settings = dict(settings)
+        pairs = settings.pop("pairs", {"mid_nce_temperature": 0.5})
+        prefixes = settings.pop("matryoshka", None)
         losses = Losses(
-            retrieval={"temperature": 0.5, "candidates": candidates},
-            similarity={"temperature": 0.5, "mid_nce_temperature": 0.5},
+            retrieval={"temperature": 0.5, **settings},
+            similarity={"temperature": 0.5, **pairs},
+            matryoshka=prefixes,
         )
         model = JointModel(encoder, losses)
         model.zero_grad(set_to_none=True)
         batches = reader[taken]["batches"]
-        loss = model(batches)["loss"]
+        outputs = model(batches)
+        loss = outputs["loss"]
         loss.backward()
         gradients = {}
         for key, parameter in encoder.named_parameters():
@@ -70,19 +88,25 @@ def loss_and_gradients(model_folder, data_folder, rank, world):
             if world > 1:
                 dist.all_reduce(gradients[key])
                 gradients[key] /= world
-        results[name] = {"loss": loss.item(), "gradients": gradients, "rows": [batch["rows"] for batch in batches]}
+        results[name] = {
+            "loss": loss.item(),
+            "gradients": gradients,
+            "rows": [batch["rows"] for batch in batches],
+            "candidates": [float(one["candidates"] or 0) for one in outputs["objectives"]],
+        }
     return results
 
 
-def run_rank(rank, model_folder, data_folder, out):
-    dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=WORLD)
-    torch.save(loss_and_gradients(model_folder, data_folder, rank, WORLD), out / f"{rank}.pt")
+def run_rank(rank, world, model_folder, data_folder, out):
+    meeting = f"file://{out / f'meeting-{world}'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    torch.save(loss_and_gradients(model_folder, data_folder, rank, world), out / f"{rank}-of-{world}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_folder, tmp_path_factory):
-    """(one process, [rank 0, rank 1]), every step of `STEPS` each."""
+    """By number of processes what each rank found, every step of `STEPS` each."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out")
     pairs = [{"query": left, "positives": [right], "positive_scores": [label]} for left, right, label in PAIRS]
     for name, rows in (("queries", QUERIES), ("pairs", pairs)):
@@ -90,27 +114,33 @@ def runs(tiny_model_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
         one = loss_and_gradients(tiny_model_folder, data, 0, 1)  # also fills the cache of the others
-        torch.multiprocessing.spawn(run_rank, (tiny_model_folder, data, out), nprocs=WORLD)
-    return one, [torch.load(out / f"{rank}.pt") for rank in range(WORLD)]
+        found = {1: [one]}
+        for world in WORLDS:
+            torch.multiprocessing.spawn(run_rank, (world, tiny_model_folder, data, out), nprocs=world)
+            found[world] = [torch.load(out / f"{rank}-of-{world}.pt") for rank in range(world)]
+    return found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", STEPS)
-def test_gradients_equal_those_of_one_process(runs, name):
+def test_gradients_equal_those_of_one_process(runs, name, world):
     """To float32 rounding: 1e-6 of the step's largest gradient where that is above 1 (8.4 for the pairs), else 1e-6."""
-    one, ranks = runs[0][name], [run[name] for run in runs[1]]
+    one, ranks = runs[1][0][name], [run[name] for run in runs[world]]
     largest = {key: gradient.abs().max().item() for key, gradient in one["gradients"].items()}
     assert sum(value > 1e-3 for value in largest.values()) > 30, "zeros would be compared"
     atol = 1e-6 * max(1, *largest.values())
     for rank in ranks:
         assert rank["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert rank["candidates"] == pytest.approx(one["candidates"], rel=1e-5)
         torch.testing.assert_close(rank["gradients"], one["gradients"], rtol=0, atol=atol)
 
 
 @pytest.mark.slow
 def test_every_rank_has_its_own_rows(runs):
     """Without this both could have read the whole batch."""
-    rows = {name: [run[name]["rows"] for run in runs[1]] for name in STEPS}
+    rows = {name: [run[name]["rows"] for run in runs[2]] for name in STEPS}
     assert sorted(rows["ragged queries"]) == [[2], [3]]
-    assert sorted(rows["one query for two ranks"]) == [[0], [1]]
+    assert sorted(rows["one query for all ranks"]) == [[0], [1]]
     assert sorted(rows["one query and all pairs"])[0][0] == 0
+    assert sorted(run["ragged queries"]["rows"] for run in runs[4]) == [[1], [1], [1], [2]]

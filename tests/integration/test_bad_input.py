@@ -87,6 +87,11 @@ SETTINGS = {
         {"losses.emphasis": 1, "data": [{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]},
         ["losses.emphasis: got 1", "trains some source"],
     ),
+    "option of another type": (
+        {"losses.retrieval": {"type": "triplet", "hardness": 3}},
+        ["losses.retrieval: hardness: got 3", "the type is triplet"],
+    ),
+    "margin out of range": ({"losses.retrieval.false_negative_margin": 5}, ["false_negative_margin: got 5"]),
     "prefix longer than the embedding": (
         {"losses.matryoshka": {"dims": [8, 9]}},
         ["losses.matryoshka.dims: got 9", "at most 8"],

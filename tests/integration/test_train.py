@@ -209,10 +209,10 @@ def test_every_task_trains_in_one_run_with_balance_and_prefixes(config_file, tmp
     assert seen["classification"] == {"loss/info_nce@16", "loss/info_nce@4"}
     assert seen["pair_classification"] == {"loss/cosent@16", "loss/cosent@4"}
     assert seen["reranking"] == {"loss/list_softmax@16", "loss/list_softmax@4"}
-    assert "loss/mid_nce@16" in seen["similarity"]
+    assert {"loss/mid_nce", "loss/pearson@4"} <= seen["similarity"]
     means = json.loads((run / "checkpoint-4" / "balance.json").read_text())
-    assert all(mean >= 0 for mean in means.values())
-    assert any(mean > 0 for mean in means.values())
+    assert all(mean > 0 for count, mean in means.values() if count)
+    assert any(count for count, _ in means.values())
 
     halted = tmp_path / "halted"
     halted.mkdir()

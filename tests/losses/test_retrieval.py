@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from codiemb.losses import retrieval, tiles
-from codiemb.losses.retrieval import count_candidates, info_nce, list_softmax, triplet
+from codiemb.losses.retrieval import Groups, count_candidates, count_queries, info_nce, list_softmax, triplet
 
 CANDIDATES = ("all", "same_slot")
 
@@ -348,12 +348,35 @@ def test_bf16_is_computed_in_float32():
 @pytest.mark.parametrize("candidates", CANDIDATES)
 def test_candidates_counted_one_by_one(candidates):
     docs = ragged()
-    counts = [
-        len(naive_candidates(docs.owner[p], p, docs, candidates))
-        for p in range(16)
-        if docs.positive[p] and docs.owner[p] >= 0
+    of_queries = [
+        [len(naive_candidates(i, p, docs, candidates)) for p in range(16) if docs.positive[p] and docs.owner[p] == i]
+        for i in range(5)
     ]
-    assert count_candidates(5, candidates=candidates, **vars(docs)).item() == pytest.approx(sum(counts) / len(counts))
+    means = [sum(counts) / len(counts) for counts in of_queries if counts]
+    found = count_candidates(5, candidates=candidates, **vars(docs))
+    assert found.item() == pytest.approx(sum(means) / len(means))
+    assert count_queries(5, owner=docs.owner, positive=docs.positive) == len(means) == 4
+
+
+@pytest.mark.parametrize("options", [{}, {"candidates": "same_slot"}, {"symmetric": True}, {"chunk_size": 3}])
+def test_groups_are_batches_of_their_own(options):
+    """Queries 0 and 1 are one group, 2 to 4 the other: the mean over both is that of two smaller batches."""
+    docs, (queries, documents) = replace(ragged(), relevant=None), embeddings(16)
+    first = (docs.owner >= 0) & (docs.owner < 2)
+    groups = Groups(torch.tensor([0, 0, 1, 1, 1]), torch.where(first, 0, 1))
+    whole = info_nce(queries, documents, groups=groups, temperature=0.1, **options, **vars(docs))
+
+    def alone(rows, columns, offset):
+        fields = {name: value[columns] for name, value in vars(docs).items() if value is not None}
+        fields["owner"] = torch.where(fields["owner"] >= 0, fields["owner"] - offset, -1)
+        return info_nce(queries[rows], documents[columns], temperature=0.1, **options, **fields)
+
+    parts = 2 * alone(slice(0, 2), first, 0) + 2 * alone(slice(2, 5), ~first, 2)  # query 3 has no positive
+    assert_equal(with_gradients(whole, queries, documents), with_gradients(parts / 4, queries, documents))
+    assert abs(whole - info_nce(queries, documents, temperature=0.1, **options, **vars(docs))) > 1e-3
+    fields = triplet_fields(docs)
+    assert triplet(queries, documents, groups=groups, **fields) < triplet(queries, documents, **fields)
+    assert count_candidates(5, groups=groups, **vars(docs)) < count_candidates(5, **vars(docs))
 
 
 @pytest.mark.parametrize(

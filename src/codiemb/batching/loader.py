@@ -82,7 +82,8 @@ class StepReader(Dataset):
     def batch(self, batch: Batch) -> TokenBatch:
         """The tokens of this rank's rows of a batch, with the tensors its objective needs."""
         source = self.records[batch.source]
-        places = slice_of(batch.rows, self.rank, self.world)
+        numbers = slice_of(np.arange(len(batch.rows)), self.rank, self.world)
+        places = batch.rows[numbers]
         shape = TASKS[source.source.task].shape
         texts, tensors = self._lists(source, batch, places) if shape == "lists" else self._pairs(source, places)
         # A rank without rows still runs one text of the batch, so that it joins every exchange of gradients.
@@ -92,6 +93,7 @@ class StepReader(Dataset):
             "source": batch.source,
             "task": source.source.task,
             "rows": len(places),
+            "first_row": int(numbers[0]) if len(numbers) else len(batch.rows),
             "tokens": tokens.real,
             "padded_tokens": tokens.padded,
             "micro_batches": tokens.micro_batches,
@@ -118,7 +120,8 @@ class StepReader(Dataset):
             else:
                 same, other = source.by_label(int(place), settings.positives, settings.negatives, random)
                 positives = [(drawn["query"], drawn["label_id"], 1.0) for drawn in source.rows(same)]
-                negatives = [(drawn["query"], drawn["label_id"], 0.0) for drawn in source.rows(other)]
+                others = (drawn for drawn in source.rows(other) if drawn["query_id"] != row["query_id"])
+                negatives = [(drawn["query"], drawn["label_id"], 0.0) for drawn in others]
                 relevant.append((owner, row["label_id"]))
             for slot, (text, number, score) in enumerate(positives + negatives):
                 is_positive = slot < len(positives)

@@ -229,6 +229,8 @@ class RowReader:
             value = row.get(column)
             if value is not None:
                 values = value if isinstance(value, list) else [value]
+                if self.source.task == "pair_classification":
+                    values = [int(item) if isinstance(item, bool) else item for item in values]
                 scores += [_number(item, f"{where}, {column}") for item in values]
         if scores and len(scores) != count:
             column = _name(self.columns[field], field)

@@ -171,6 +171,24 @@ def hidden_states(encoder: SentenceTransformer, wanted: bool) -> Iterator[None]:
         config.output_hidden_states = before
 
 
+def idle_parameters(encoder: SentenceTransformer) -> list[torch.nn.Parameter]:
+    """Biases of attention keys that change nothing: they add the same number to all logits of a query.
+
+    So it is where positions are added to the input; rotated keys (RoPE) and scores between keys and relative positions
+    are another matter. Their true gradient is 0, and Adam would turn its rounding into steps of full size.
+    """
+    config = getattr(encoder[0], "config", None)
+    if getattr(config, "model_type", "") not in _ADDED_POSITIONS:
+        return []
+    if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
+        return []
+    return [parameter for name, parameter in encoder.named_parameters() if name.endswith(_KEY_BIASES)]
+
+
+_ADDED_POSITIONS = ("bert", "camembert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
+_KEY_BIASES = ("attention.self.key.bias", "attention.k_lin.bias", "attention.attn.k.bias")
+
+
 def bf16_pays(device: torch.device) -> bool:
     """Whether bf16 runs in hardware: GPUs that have it, processors with AMX or AVX512-BF16."""
     if device.type == "cuda":

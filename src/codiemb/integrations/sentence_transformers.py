@@ -64,6 +64,9 @@ class InfoNCE(nn.Module):
         model: the model being trained.
         temperature: above 0.
         candidates: `all`, or of the other queries' positives only those in the same column (`same_slot`).
+        hardness: as in `codiemb.losses.info_nce`, and the next two.
+        false_negative_margin: leave out candidates above the positive's score less this.
+        symmetric: also tell the query from the other queries, given the positive.
         chunk_size: hold at most this many columns of logits at once; value and gradients are the same.
         gather_across_devices: whether the documents of the other devices are candidates too.
         positives: how many columns after the query are positives; the others are negatives.
@@ -75,6 +78,9 @@ class InfoNCE(nn.Module):
         *,
         temperature: float = 0.02,
         candidates: Literal["all", "same_slot"] = "all",
+        hardness: float = 0.0,
+        false_negative_margin: float | None = None,
+        symmetric: bool = False,
         chunk_size: int | None = None,
         gather_across_devices: bool = True,
         positives: int = 1,
@@ -83,9 +89,14 @@ class InfoNCE(nn.Module):
         if positives < 1:
             raise ValueError(f"positives: got {positives}, expected at least 1")
         self.model = model
-        self.temperature = temperature
-        self.candidates: Literal["all", "same_slot"] = candidates
-        self.chunk_size = chunk_size
+        self.settings: dict[str, Any] = {
+            "temperature": temperature,
+            "candidates": candidates,
+            "hardness": hardness,
+            "false_negative_margin": false_negative_margin,
+            "symmetric": symmetric,
+            "chunk_size": chunk_size,
+        }
         self.gather_across_devices = gather_across_devices
         self.positives = positives
 
@@ -116,15 +127,12 @@ class InfoNCE(nn.Module):
                 document_ids=document_ids,
                 slot=slot,
                 relevant=_relevant(query_ids, positive_ids),
-                temperature=self.temperature,
-                candidates=self.candidates,
-                chunk_size=self.chunk_size,
+                **self.settings,
             )
         return scale_gradient(loss, world_size()) if self.gather_across_devices else loss
 
     def get_config_dict(self) -> dict[str, Any]:
-        names = ("temperature", "candidates", "chunk_size", "gather_across_devices", "positives")
-        return {name: getattr(self, name) for name in names}
+        return {**self.settings, "gather_across_devices": self.gather_across_devices, "positives": self.positives}
 
     @property
     def citation(self) -> str:
@@ -194,8 +202,10 @@ class CoDiEmbSimilarity(nn.Module):
         if self.settings["mid_nce"]:
             sides += [pool_middle(encoder, output) for output in outputs]
         with torch.autocast(target.device.type, enabled=False):
-            left, right, *middle = (joined(side.float())[0] for side in sides)
-            batch = Pairs(left, right, joined(target)[0], left_ids, right_ids, *middle)
+            left, right, *middle = (side.float() for side in sides)
+            batch = Pairs(
+                left, right, joined(target)[0], left_ids, right_ids, *middle, gather=lambda rows: joined(rows)[0]
+            )
             return scale_gradient(pairs(batch, self.settings).loss, world_size())
 
     def get_config_dict(self) -> dict[str, Any]:

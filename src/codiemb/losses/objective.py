@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from codiemb.losses.listwise import (
     rank_net,
     soft_spearman,
 )
-from codiemb.losses.retrieval import count_candidates, info_nce, list_softmax, triplet
+from codiemb.losses.retrieval import Groups, count_candidates, count_queries, info_nce, list_softmax, triplet
 from codiemb.losses.similarity import mid_nce, pearson, pro, rank_kl
 
 Settings = Mapping[str, Any]
@@ -42,6 +43,7 @@ class Lists:
     document_ids: Int[Tensor, " document"]
     scores: Float[Tensor, " document"]
     relevant: Int[Tensor, "pair 2"]
+    groups: Groups | None = None
 
     def prefix(self, dim: int | None) -> Lists:
         """Normalised embeddings of the first `dim` dimensions."""
@@ -50,27 +52,29 @@ class Lists:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Graded pairs; the pooled middle layer only where it is asked for."""
+    """Graded pairs; the pooled middle layer only where it is asked for.
 
-    left: Float[Tensor, "pair dim"]
-    right: Float[Tensor, "pair dim"]
+    Attributes:
+        target: labels from 0 to 1; labels and ids are those of the whole batch, whichever rank holds the embeddings.
+        gather: from the rows of this rank to those of all; most losses need the cosines of the others only.
+    """
+
+    left: Float[Tensor, "row dim"]
+    right: Float[Tensor, "row dim"]
     target: Float[Tensor, " pair"]
     left_ids: Int[Tensor, " pair"]
     right_ids: Int[Tensor, " pair"]
-    left_middle: Float[Tensor, "pair hidden"] | None = None
-    right_middle: Float[Tensor, "pair hidden"] | None = None
+    left_middle: Float[Tensor, "row hidden"] | None = None
+    right_middle: Float[Tensor, "row hidden"] | None = None
+    gather: Callable[[Tensor], Tensor] = field(default=lambda rows: rows, kw_only=True)
 
     def prefix(self, dim: int | None) -> Pairs:
-        """Normalised embeddings of the first `dim` dimensions; the middle layer stays whole."""
-        middle: dict[str, Any] = {}
-        if self.left_middle is not None and self.right_middle is not None:
-            middle = {"left_middle": _unit(self.left_middle), "right_middle": _unit(self.right_middle)}
-        return replace(self, left=_unit(self.left[:, :dim]), right=_unit(self.right[:, :dim]), **middle)
+        """The same with the first `dim` dimensions of the embeddings."""
+        return replace(self, left=self.left[:, :dim], right=self.right[:, :dim])
 
-    @property
+    @cached_property
     def cosine(self) -> Float[Tensor, " pair"]:
-        """Of normalised embeddings."""
-        return (self.left * self.right).sum(dim=-1)
+        return self.gather((_unit(self.left) * _unit(self.right)).sum(dim=-1))
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,14 @@ class Objective:
         parts: unweighted, by name.
         weights: what each part counts for.
         candidates: documents in the denominator of a contrastive term, on average; None without one.
+        rows: over how many rows a mean was taken, where the parts are those of this rank's rows; None where they are
+            those of the whole batch.
     """
 
     parts: dict[str, Float[Tensor, ""]]
     weights: dict[str, float]
     candidates: Float[Tensor, ""] | None = None
+    rows: Int[Tensor, ""] | None = None
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -116,7 +123,9 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
     "pro": lambda batch, settings: pro(batch.cosine, batch.target, **_some(settings, "temperature")),
     "mid_nce": lambda batch, settings: _pair_nce(batch, batch.left_middle, batch.right_middle, settings),
     "cosent": lambda batch, settings: cosent(batch.cosine, batch.target, **_some(settings, "temperature")),
-    "angle": lambda batch, settings: angle(batch.left, batch.right, batch.target, **_some(settings, "temperature")),
+    "angle": lambda batch, settings: angle(
+        batch.gather(batch.left), batch.gather(batch.right), batch.target, **_some(settings, "temperature")
+    ),
     "list_net": lambda batch, settings: list_net(batch.cosine, batch.target, **_some(settings, "temperature")),
     "list_mle": lambda batch, settings: list_mle(batch.cosine, batch.target, **_some(settings, "temperature")),
     "rank_net": lambda batch, settings: rank_net(batch.cosine, batch.target, **_some(settings, "temperature")),
@@ -132,17 +141,19 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
 def lists(batch: Lists, settings: Settings, dim: int | None = None) -> Objective:
     """The loss `settings["type"]` names, on the first `dim` dimensions."""
     name = settings["type"]
-    counted = None
-    if name != "list_softmax":
-        counted = count_candidates(
-            len(batch.queries),
-            **_listing(batch),
-            slot=batch.slot,
-            candidates="all" if name == "triplet" else settings["candidates"],
-            chunk_size=settings["chunk_size"],
-        )
-    loss = LIST_LOSSES[name](batch.prefix(dim), settings)
-    return Objective({name: loss}, {name: settings["weight"]}, counted)
+    parts, weights = {name: LIST_LOSSES[name](batch.prefix(dim), settings)}, {name: settings["weight"]}
+    if name == "list_softmax":
+        rows = count_queries(len(batch.queries), owner=batch.owner, positive=batch.scores > 0)
+        return Objective(parts, weights, rows=rows)
+    counted = count_candidates(
+        len(batch.queries),
+        **_listing(batch),
+        slot=batch.slot,
+        candidates=settings["candidates"],
+        chunk_size=settings["chunk_size"],
+    )
+    rows = count_queries(len(batch.queries), owner=batch.owner, positive=batch.positive)
+    return Objective(parts, weights, counted, rows)
 
 
 def pairs(batch: Pairs, settings: Settings, dim: int | None = None) -> Objective:
@@ -160,49 +171,52 @@ def matryoshka(
 ) -> Objective:
     """The objective on prefixes of the embedding (Kusupati et al., 2022), parts named `<part>@<dim>`.
 
-    What does not look at the embedding (the middle layer) is computed once, with the first of the dims.
+    MidNCE, which looks at the middle layer and not at the embedding, is computed once and keeps its own weight.
     """
     parts: dict[str, Tensor] = {}
     part_weights: dict[str, float] = {}
-    candidates = None
     for place, (dim, weight) in enumerate(zip(dims, weights, strict=True)):
-        if place and "mid_nce" in settings:
+        if place and settings.get("mid_nce"):
             settings = {**settings, "mid_nce": 0}
         one = objective(batch, settings, dim)
-        candidates = one.candidates
-        parts |= {f"{name}@{dim}": part for name, part in one.parts.items()}
-        part_weights |= {f"{name}@{dim}": weight * part for name, part in one.weights.items()}
-    return Objective(parts, part_weights, candidates)
+        for name, part in one.parts.items():
+            whole = name == "mid_nce"
+            parts[name if whole else f"{name}@{dim}"] = part
+            part_weights[name if whole else f"{name}@{dim}"] = one.weights[name] * (1 if whole else weight)
+    return replace(one, parts=parts, weights=part_weights)
 
 
 @dataclass
 class RunningScale:
     """Divides parts by the running mean of their size, so that weights compare parts of like size.
 
-    Sizes of 0 (nothing in the batch for this part) do not count. The divisor carries no gradient.
+    The mean is the plain one of the first 1 / (1 - momentum) batches, and exponential after. Sizes of 0 (nothing in the
+    batch for this part) do not count. The divisor carries no gradient.
 
     Attributes:
         momentum: what of the mean is kept at each batch.
-        means: by part.
+        means: by part, how many batches counted and their mean size.
     """
 
     momentum: float = 0.99
-    means: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    means: dict[str, Float[Tensor, "2"]] = field(default_factory=dict)
 
     def __call__(self, task: str, objective: Objective) -> Objective:
         """The objective with its parts divided."""
         parts = {}
         for name, part in objective.parts.items():
             size, key = part.detach().abs(), f"{task}/{name}"
-            before = self.means.get(key, size).to(size.device)
-            mean = torch.where(before > 0, self.momentum * before + (1 - self.momentum) * size, size)
-            self.means[key] = torch.where(size > 0, mean, before)
-            parts[name] = part / torch.where(self.means[key] > 0, self.means[key], 1)
+            count, mean = self.means.get(key, size.new_zeros(2)).to(size.device).unbind()
+            count = count + (size > 0)
+            kept = torch.clamp(1 - 1 / count.clamp(min=1), max=self.momentum)
+            mean = torch.where(size > 0, kept * mean + (1 - kept) * size, mean)
+            self.means[key] = torch.stack([count, mean])
+            parts[name] = part / torch.where(mean > 0, mean, 1)
         return replace(objective, parts=parts)
 
 
 def _listing(batch: Lists) -> dict[str, Any]:
-    return {name: getattr(batch, name) for name in ("owner", "positive", "document_ids", "relevant")}
+    return {name: getattr(batch, name) for name in ("owner", "positive", "document_ids", "relevant", "groups")}
 
 
 def _some(settings: Settings, *names: str) -> dict[str, Any]:
@@ -213,8 +227,8 @@ def _pair_nce(batch: Pairs, left: Tensor | None, right: Tensor | None, settings:
     assert left is not None
     assert right is not None
     return mid_nce(
-        left,
-        right,
+        batch.gather(_unit(left)),
+        batch.gather(_unit(right)),
         batch.target,
         left_ids=batch.left_ids,
         right_ids=batch.right_ids,

@@ -12,7 +12,7 @@ to be relevant from elsewhere (`relevant`). Counts are ragged: whatever is not t
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,13 @@ from torch import Tensor
 
 from codiemb.losses.graded import check_temperature
 from codiemb.losses.tiles import Contrast, blocks, contrast, products, upcast
+
+
+class Groups(NamedTuple):
+    """Which group each query and each document belongs to."""
+
+    queries: Int[Tensor, " query"]
+    documents: Int[Tensor, " document"]
 
 
 def info_nce(
@@ -31,6 +38,7 @@ def info_nce(
     document_ids: Int[Tensor, " document"] | None = None,
     slot: Int[Tensor, " document"] | None = None,
     relevant: Int[Tensor, "pair 2"] | None = None,
+    groups: Groups | None = None,
     temperature: float = 0.02,
     candidates: Literal["all", "same_slot"] = "all",
     hardness: float = 0.0,
@@ -48,6 +56,7 @@ def info_nce(
         document_ids: equal ids mean equal texts; without them no two documents are taken for equal.
         slot: place among its query's positives, -1 for negatives; needed for `same_slot`.
         relevant: further known pairs (query row, document id), such as positives that were not drawn into the batch.
+        groups: where given, only documents of the query's own group are its candidates.
         temperature: above 0.
         candidates: which documents stand in the denominator, see the head of this module.
         hardness: weighs a candidate by e^(hardness * s), without gradient, so that those close to the query count for
@@ -90,8 +99,10 @@ def info_nce(
     else:
         anchors, anchor = queries[row], torch.arange(len(term), device=row.device)
 
+    everyone = slice(0, len(queries))
+
     def candidate(columns: slice) -> Tensor:
-        excluded = _relevance(known, slice(0, len(queries)), ids[columns])
+        excluded = _relevance(known, everyone, ids[columns]) | _strangers(groups, everyone, columns)
         if anchors is not queries:
             excluded = excluded[row]
         if candidates == "same_slot":
@@ -108,7 +119,12 @@ def info_nce(
     losses = torch.logaddexp(target, others[anchor]) - target
 
     if symmetric:
-        back = Contrast(lambda rows: ~_relevance(known, rows, ids[term]).T, temperature, hardness, ceiling)
+        back = Contrast(
+            lambda rows: ~(_relevance(known, rows, ids[term]) | _strangers(groups, rows, term)).T,
+            temperature,
+            hardness,
+            ceiling,
+        )
         place = torch.arange(len(term), device=row.device)
         target, others = contrast(documents[term], queries, place, row, back, chunk_size)
         losses = (losses + torch.logaddexp(target, others) - target) / 2
@@ -123,6 +139,7 @@ def triplet(
     positive: Bool[Tensor, " document"],
     document_ids: Int[Tensor, " document"] | None = None,
     relevant: Int[Tensor, "pair 2"] | None = None,
+    groups: Groups | None = None,
     margin: float = 0.2,
 ) -> Float[Tensor, ""]:
     """How far the hardest candidate comes within the margin of each positive, on average; in [0, 2 + margin].
@@ -151,7 +168,8 @@ def triplet(
         return (queries.sum() + documents.sum()) * 0
     row = owner[term]
     ids = torch.arange(len(documents), device=owner.device) if document_ids is None else document_ids
-    excluded = _relevance(_known(row, ids[term], relevant), slice(0, len(queries)), ids)
+    everyone, everything = slice(0, len(queries)), slice(0, len(documents))
+    excluded = _relevance(_known(row, ids[term], relevant), everyone, ids) | _strangers(groups, everyone, everything)
     scores = products(queries, documents)
     hardest = scores.masked_fill(excluded, -torch.inf).amax(dim=1)
     losses = torch.relu(margin - scores[row, term] + hardest[row])
@@ -205,21 +223,32 @@ def count_candidates(
     document_ids: Int[Tensor, " document"] | None = None,
     slot: Int[Tensor, " document"] | None = None,
     relevant: Int[Tensor, "pair 2"] | None = None,
+    groups: Groups | None = None,
     candidates: Literal["all", "same_slot"] = "all",
     chunk_size: int | None = None,
 ) -> Float[Tensor, ""]:
-    """Documents in the denominator of a term, its positive aside, on average over the terms (nan without terms)."""
+    """Documents in the denominator of a term, its positive aside; mean over queries of the mean over their terms."""
     term = _terms(owner, positive)
     row = owner[term]
     ids = torch.arange(len(owner), device=owner.device) if document_ids is None else document_ids
     known = _known(row, ids[term], relevant)
     count = torch.zeros(len(term), device=owner.device)
     for columns in blocks(len(owner), chunk_size):
-        excluded = _relevance(known, slice(0, queries), ids[columns])[row]
+        everyone = slice(0, queries)
+        excluded = (_relevance(known, everyone, ids[columns]) | _strangers(groups, everyone, columns))[row]
         if candidates == "same_slot" and slot is not None:
             excluded |= positive[columns] & (slot[columns] != slot[term][:, None])
         count += (~excluded).sum(dim=1)
-    return count.mean()
+    return _mean_over_queries(count, row, queries)
+
+
+def count_queries(
+    queries: int, *, owner: Int[Tensor, " document"], positive: Bool[Tensor, " document"]
+) -> Int[Tensor, ""]:
+    """Queries with a positive, over which the losses above take their mean."""
+    listed = torch.zeros(queries + 1, dtype=torch.bool, device=owner.device)
+    listed[torch.where(positive & (owner >= 0), owner, queries)] = True
+    return listed[:queries].sum()
 
 
 def _terms(owner: Tensor, positive: Tensor) -> Int[Tensor, " term"]:
@@ -247,9 +276,14 @@ def _relevance(
     return table[:count, torch.searchsorted(ordered, ids)]
 
 
+def _strangers(groups: Groups | None, rows: slice, columns: slice | Tensor) -> Bool[Tensor, "query document"] | bool:
+    """Which documents belong to another group than the query."""
+    return False if groups is None else groups.queries[rows, None] != groups.documents[columns]
+
+
 def _mean_over_queries(losses: Tensor, row: Tensor, queries: int) -> Float[Tensor, ""]:
     terms_of_query = losses.new_zeros(queries).index_add_(0, row, torch.ones_like(losses))
-    return (losses / terms_of_query[row]).sum() / (terms_of_query > 0).sum()
+    return (losses / terms_of_query[row]).sum() / (terms_of_query > 0).sum().clamp(min=1)
 
 
 def _check(documents: Tensor, **listed: Tensor | None) -> None:

@@ -60,19 +60,40 @@ class PairBatches(Section):
 
 
 class ListLosses(Section):
-    """One loss of lists, and its constants."""
+    """One loss of lists, and its constants.
+
+    With `cross_device: false` the candidates of a query come from its group alone: `group_size` consecutive rows of the
+    global batch. Groups do not depend on the number of devices, so neither does the model.
+    """
 
     type: Literal["info_nce", "triplet", "list_softmax"] = "info_nce"
     weight: Weight = 1.0
     temperature: Temperature = 0.02
     candidates: Literal["all", "same_slot"] = "all"
-    cross_device: Literal[True] = True
+    cross_device: bool = True
+    group_size: Positive = 8
     hardness: Weight = 0.0
-    false_negative_margin: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    false_negative_margin: Annotated[float, Field(ge=-2, le=2)] | None = None
     symmetric: bool = False
     chunk_size: Positive | None = None
     margin: Weight = 0.2
 
+    @model_validator(mode="after")
+    def _options_of_this_type(self) -> ListLosses:
+        for name, types in _OPTIONS.items():
+            if self.type not in types and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected none, because the type is {self.type}")
+        return self
+
+
+_OPTIONS = {  # which types of list losses have an option
+    "candidates": ("info_nce",),
+    "hardness": ("info_nce",),
+    "false_negative_margin": ("info_nce",),
+    "symmetric": ("info_nce",),
+    "chunk_size": ("info_nce",),
+    "margin": ("triplet",),
+}
 
 PAIR_LOSSES = (
     "pearson",

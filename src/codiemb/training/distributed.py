@@ -1,15 +1,22 @@
 """The only place that talks to torch.distributed.
 
-Each rank encodes its rows, receives the embeddings of the others without gradient, and computes the loss of the whole
-global batch. The gradient that reaches its own rows is then exactly its share of the joined batch's gradient; the
-shares are added by DDP, whose mean is undone by `scale_gradient`. No gradient travels through a collective.
+Each rank encodes its rows. Retrieval: it receives the documents of the others and computes the loss of its own queries;
+what the queries of other ranks ask of its documents comes back through the gather (`gathered`). Graded pairs: it
+receives the cosines of the others without gradient and computes the loss of the whole batch (`joined`), which asks of
+its own cosines all there is to ask. Either way the gradient at its own rows is that of one process with the whole
+batch; DDP takes the mean over ranks, which `scale_gradient` undoes.
 """
 
 from __future__ import annotations
 
+import gc
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from codiemb.errors import RankError
 
 
 def world_size() -> int:
@@ -29,6 +36,7 @@ def finish() -> None:
     """Leaves the process group together, so that no rank sees another one vanish."""
     if world_size() > 1:
         dist.barrier()
+        gc.collect()  # a DDP module that outlives its group may wait for it for ever
         dist.destroy_process_group()
 
 
@@ -36,17 +44,70 @@ def joined(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of all ranks in order of rank, and the place of this rank's first row; only its own carry gradient."""
     if world_size() == 1:
         return tensor, 0
+    rows, sizes = _all_rows(tensor)
+    first = sum(sizes[: rank()])
+    return torch.cat([rows[:first], tensor, rows[first + len(tensor) :]]), first
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The rows of all ranks in order of rank; the gradients that all ranks have for a row are added on its own."""
+    return tensor if world_size() == 1 else _Gathered.apply(tensor)
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        rows, sizes = _all_rows(tensor)
+        ctx.first, ctx.size = sum(sizes[: rank()]), len(tensor)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.first : ctx.first + ctx.size]
+
+
+def _all_rows(tensor: Tensor) -> tuple[Tensor, list[int]]:
+    """The rows of all ranks, and how many each has; without gradient."""
     lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
     dist.all_gather(lengths, torch.tensor([len(tensor)], device=tensor.device))
     sizes = [int(length) for length in lengths]
     padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
     padded[: len(tensor)] = tensor.detach()
-    sent = padded.to(torch.uint8) if tensor.dtype == torch.bool else padded.contiguous()
-    parts = [torch.empty_like(sent) for _ in sizes]
-    dist.all_gather(parts, sent)
-    rows = [part[:size].to(tensor.dtype) for part, size in zip(parts, sizes, strict=True)]
-    rows[rank()] = tensor
-    return torch.cat(rows), sum(sizes[: rank()])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over ranks, with the gradient of this rank's own part."""
+    if world_size() == 1:
+        return values
+    whole = values.detach().clone()
+    dist.all_reduce(whole)
+    return whole + (values - values.detach())
+
+
+def agree(facts: dict[str, str | int], where: str) -> None:
+    """Raises one error on every rank if the ranks do not hold the same facts.
+
+    Raises:
+        RankError: naming the first rank that differs from rank 0, the fact, and both values.
+    """
+    if world_size() == 1:
+        return
+    everywhere: list[dict[str, str | int]] = [{} for _ in range(world_size())]
+    dist.all_gather_object(everywhere, facts)
+    for other, theirs in enumerate(everywhere):
+        for name, value in everywhere[0].items():
+            if theirs.get(name) != value:
+                raise RankError(
+                    f"rank {other}, {where}, {name}",
+                    got=theirs.get(name),
+                    expected=f"{value} as on rank 0",
+                    fix="start all ranks with the same files, settings and versions",
+                )
 
 
 def total(counts: list[int], device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ and tasks a step holds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from codiemb.config import Losses
 from codiemb.encoder.engine import embed
 from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
+from codiemb.losses.retrieval import Groups
 from codiemb.tasks import TASKS
-from codiemb.training.distributed import joined, scale_gradient, world_size
+from codiemb.training.distributed import gathered, joined, scale_gradient, summed, world_size
 
 
 class JointModel(nn.Module):
@@ -41,7 +43,7 @@ class JointModel(nn.Module):
         """The loss of a step (the sum over its batches), and the objective of each batch, detached."""
         scaled, seen = [], []
         for batch in batches:
-            objective = self._objective(batch)
+            objective = _over_ranks(self._objective(batch))
             loss = (self.balance(batch["task"], objective) if self.balance else objective).loss
             scaled.append(loss * self.emphasis[TASKS[batch["task"]].shape])
             seen.append(
@@ -58,32 +60,50 @@ class JointModel(nn.Module):
         middle = shape == "pairs" and settings["mid_nce"] > 0
         final, hidden = embed(self.encoder, batch["micro_batches"], batch["place"], middle)
         with torch.autocast(final.device.type, enabled=False):
-            embeddings = _lists(final, batch) if shape == "lists" else _pairs(final, hidden, batch)
+            embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
             if prefixes := self.losses["matryoshka"]:
                 weights = prefixes["weights"] or [1.0] * len(prefixes["dims"])
                 return matryoshka(SHAPES[shape], embeddings, settings, prefixes["dims"], weights)
             return SHAPES[shape](embeddings, settings)
 
 
-def _lists(final: Tensor, batch: dict[str, Any]) -> Lists:
-    """The batch of all ranks, with queries numbered over all of them."""
-    queries, first_query = joined(final[: batch["rows"]])
-    owner = batch["owner"] + first_query
-    relevant = batch["relevant"].clone()
-    relevant[:, 0] += first_query
-    positive, slot, document_ids, scores = (
-        joined(batch[name])[0] for name in ("positive", "slot", "document_ids", "scores")
-    )
-    documents, owner, relevant = (joined(tensor)[0] for tensor in (final[batch["rows"] :], owner, relevant))
-    return Lists(queries, documents, owner, positive, slot, document_ids, scores, relevant)
+def _lists(final: Tensor, batch: dict[str, Any], settings: dict[str, Any]) -> Lists:
+    """This rank's queries with the documents of all ranks; those of others have the owner -1."""
+    rows, first, relevant = batch["rows"], batch["first_row"], batch["relevant"]
+    listed = torch.stack([batch["owner"] + first, batch["positive"], batch["slot"], batch["document_ids"]], dim=1)
+    listed, place = joined(listed)
+    row, positive, slot, document_ids = listed.unbind(dim=1)
+    mine = (row >= first) & (row < first + rows)
+    scores = batch["scores"].new_zeros(len(row))
+    scores[place : place + len(batch["scores"])] = batch["scores"]  # a list is scored by its own rank only
+    query_row = first + torch.arange(rows, device=row.device)
+    queries = final[:rows]
+    if settings["symmetric"]:  # a positive is set against the queries of all ranks
+        queries, query_row = gathered(queries), joined(query_row)[0]
+        relevant = joined(torch.stack([relevant[:, 0] + first, relevant[:, 1]], dim=1))[0]
+        owner = torch.where(mine, row, -1)
+    else:
+        owner = torch.where(mine, row - first, -1)
+    size = settings["group_size"]
+    groups = None if settings["cross_device"] else Groups(query_row // size, row // size)
+    documents = gathered(final[rows:])
+    return Lists(queries, documents, owner, positive > 0, slot, document_ids, scores, relevant, groups)
 
 
 def _pairs(final: Tensor, hidden: Tensor | None, batch: dict[str, Any]) -> Pairs:
-    """The pairs of all ranks."""
+    """This rank's pairs, with the labels of all ranks."""
     n = batch["rows"]
-    sides = [final[:n], final[n:]]
-    if hidden is not None:
-        sides += [hidden[:n], hidden[n:]]
-    left, right, *middle = (joined(side)[0] for side in sides)
     target, left_ids, right_ids = (joined(batch[name])[0] for name in ("target", "left_ids", "right_ids"))
-    return Pairs(left, right, target, left_ids, right_ids, *middle)
+    left, right = (None, None) if hidden is None else (hidden[:n], hidden[n:])
+    return Pairs(final[:n], final[n:], target, left_ids, right_ids, left, right, gather=lambda rows: joined(rows)[0])
+
+
+def _over_ranks(objective: Objective) -> Objective:
+    """The objective of the whole batch from that of this rank's rows: values of all, gradient of its own."""
+    if objective.rows is None:
+        return objective
+    share = objective.rows / summed(objective.rows).clamp(min=1)
+    candidates = torch.zeros_like(share) if objective.candidates is None else objective.candidates
+    *values, counted = summed(torch.stack([*objective.parts.values(), candidates]) * share).unbind()
+    parts = dict(zip(objective.parts, values, strict=True))
+    return replace(objective, parts=parts, candidates=None if objective.candidates is None else counted.detach())

@@ -31,7 +31,7 @@ from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_
 from codiemb.files import nearest_folder, require_folder
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
-from codiemb.training.distributed import barrier, rank, world_size
+from codiemb.training.distributed import agree, barrier, rank, world_size
 from codiemb.training.trainer import (
     JointTrainer,
     checkpoint_bytes,
@@ -124,6 +124,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     if checkpoint is not None:
         _require_same_data(prepared.report, run / "plan.json")
     _require_disk(run, encoder, config)
+    agree(_facts(prepared), "before the first step")
     trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, [])
     if config.evaluation.every_steps and suite:
         trainer.add_callback(_EvaluateDuring(trainer, suite, config.evaluation.every_steps))
@@ -307,6 +308,22 @@ class _EvaluateDuring(TrainerCallback):
             step = f"step-{state.global_step}"
             _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
             self.trainer.step_log.restart_clock()
+
+
+def _facts(prepared: Prepared) -> dict[str, str | int]:
+    """What all ranks must hold alike: every setting, the data, the libraries."""
+    facts: dict[str, str | int] = {f"version of {name}": str(version) for name, version in versions().items()}
+    facts |= {f"data of source {name!r}": records.digest() for name, records in prepared.records.items()}
+
+    def flatten(value: Any, key: str) -> None:
+        if isinstance(value, dict | list) and value:
+            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                flatten(inner, f"{key}.{name}" if key else str(name))
+        elif not key.endswith("path") and key not in ("data_root", "output_dir", "model.base", "evaluation.suite"):
+            facts[key] = str(value)
+
+    flatten(prepared.config.model_dump(mode="json"), "")
+    return facts
 
 
 def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:

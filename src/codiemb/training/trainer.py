@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -21,14 +20,14 @@ from codiemb.batching.loader import StepLoader, StepReader
 from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
-from codiemb.encoder.model import bf16_pays, open_model, save_encoder
+from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.training.distributed import barrier, rank, world_size
+from codiemb.training.distributed import agree, barrier, rank, world_size
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 
 BALANCE_FILE = "balance.json"
-_SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing"}
+_SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing", "rank_check_steps"}
 
 
 class JointTrainer(Trainer):
@@ -55,15 +54,21 @@ class JointTrainer(Trainer):
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
         if config.train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
+        for parameter in idle_parameters(encoder):
+            parameter.requires_grad_(False)
         self.joint = JointModel(encoder, config.losses)
         super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
+        self.rank_check_steps = config.train.rank_check_steps
 
     def get_train_dataloader(self) -> StepLoader:
         return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step % self.rank_check_steps == 0:
+            held: dict[str, str | int] = {"source": "+".join(batch["source"] for batch in inputs["batches"])}
+            agree({"step": self.state.global_step + 1, **held}, f"at step {self.state.global_step + 1}")
         outputs = model(**inputs)
         self.step_log.observe(inputs["batches"], outputs["objectives"])
         return outputs["loss"]
@@ -73,7 +78,7 @@ class JointTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_encoder(self.encoder, folder)
         if self.joint.balance is not None:
-            means = {name: float(mean) for name, mean in self.joint.balance.means.items()}
+            means = {name: mean.tolist() for name, mean in self.joint.balance.means.items()}
             (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -102,8 +107,7 @@ class JointTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
         if self.joint.balance is not None:
-            means = read_balance(Path(resume_from_checkpoint))
-            self.joint.balance.means = {name: torch.tensor(mean) for name, mean in means.items()}
+            self.joint.balance.means = read_balance(Path(resume_from_checkpoint))
 
 
 def training_arguments(config: Config, device: torch.device) -> TrainingArguments:
@@ -151,8 +155,8 @@ def newest_checkpoint(run: Path) -> Path | None:
     return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
-def read_balance(checkpoint: Path) -> dict[str, float]:
-    """The running sizes of the loss parts that a checkpoint holds.
+def read_balance(checkpoint: Path) -> dict[str, Tensor]:
+    """The running sizes of the loss parts that a checkpoint holds, as `RunningScale` keeps them.
 
     Raises:
         CheckpointError: no such file, or no sizes in it.
@@ -160,8 +164,8 @@ def read_balance(checkpoint: Path) -> dict[str, float]:
     file = checkpoint / BALANCE_FILE
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        means = {name: float(mean) for name, mean in content.items()}
-        if not all(0 <= mean < math.inf for mean in means.values()):
+        means = {name: torch.tensor([float(count), float(mean)]) for name, (count, mean) in content.items()}
+        if not all(bool((mean.isfinite() & (mean >= 0)).all()) for mean in means.values()):
             raise ValueError("a size that is negative or not finite")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -1,0 +1,134 @@
+"""The same run on 1, 2 and 4 processes makes the same model, and ranks that differ are told so."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from sentence_transformers import SentenceTransformer
+
+from codiemb import load_config
+from codiemb.errors import RankError
+from codiemb.training.distributed import agree, finish
+from codiemb.training.run import train
+
+LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
+RETRIEVAL = [  # one, two or three positives; none, one or two negatives
+    {
+        "query": f"{LETTERS[n]} {LETTERS[n + 1]}",
+        "positives": [f"{LETTERS[n]} {LETTERS[n + 2]}", f"{LETTERS[n]} t", f"{LETTERS[n]} s"][: 1 + n % 3],
+        "negatives": [f"{LETTERS[(n + 7) % 20]} {LETTERS[(n + 5) % 20]}", f"{LETTERS[n]} q"][: (n + 1) % 3],
+    }
+    for n in range(17)
+]
+PAIRS = [
+    {"query": f"{LETTERS[n]} d", "positives": [f"{LETTERS[n]} {LETTERS[n % 5]}"], "positive_scores": [(n % 5) / 4]}
+    for n in range(13)
+]
+STEPS = 20
+VARIANTS = {
+    "across devices": [],
+    "in groups": ["losses.retrieval.cross_device=false", "losses.retrieval.group_size=2"],
+    "both tasks in a step": ["batching.schedule=paired", "losses.balance=magnitude", "losses.retrieval.symmetric=true"],
+}
+
+
+@pytest.fixture(scope="module")
+def config_file(tiny_model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("invariance")
+    for name, rows in (("retrieval", RETRIEVAL), ("pairs", PAIRS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "output_dir": "unused",
+        "model": {"base": str(tiny_model_folder), "dropout": {"hidden": 0, "attention": 0}},
+        "data": [
+            {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
+            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
+        ],
+        # 17 queries and 13 pairs in batches of 6 and 5: neither divides by 2 or 4, nor do the last ones
+        "batching": {"retrieval": {"batch_size": 6, "negatives": 1}, "similarity": {"batch_size": 5}},
+        "train": {"max_steps": STEPS, "learning_rate": 1e-3, "bf16": False, "save_strategy": "no"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    return folder / "config.yaml"
+
+
+def train_all(rank, world, config_file, port=0):
+    """Every variant, into <world>/<variant>."""
+    torch.set_num_threads(1)
+    if world > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+    for variant, overrides in VARIANTS.items():
+        out = config_file.parent / str(world) / variant
+        train(load_config(config_file, [f"output_dir={out}", *overrides]))
+    finish()
+
+
+@pytest.fixture(scope="module")
+def runs(config_file, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        train_all(0, 1, config_file)
+        for world in (2, 4):
+            torch.multiprocessing.spawn(train_all, (world, config_file, free_port()), nprocs=world)
+    return config_file.parent
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_curve_and_weights_do_not_depend_on_the_number_of_processes(runs, variant, world):
+    one, several = runs / "1" / variant, runs / str(world) / variant
+    assert json.loads((several / "environment.json").read_text())["world_size"] == world
+    lines = list(zip(metrics(one), metrics(several), strict=True))
+    assert len(lines) == STEPS
+    for alone, shared in lines:
+        for name in ("step", "source", "rows"):
+            assert alone[name] == shared[name]
+        for name in (key for key in alone if key.startswith("loss") or key == "candidates_per_query"):
+            assert shared[name] == (alone[name] and pytest.approx(alone[name], rel=1e-4, abs=1e-5))
+    weights, others = (SentenceTransformer(str(run / "model")).state_dict() for run in (one, several))
+    for name, weight in weights.items():
+        torch.testing.assert_close(
+            others[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+@pytest.mark.slow
+def test_the_runs_compared_above_did_learn_and_differ(runs, tiny_model_folder):
+    weights = [SentenceTransformer(str(runs / "1" / variant / "model")).state_dict() for variant in VARIANTS]
+    weights.append(SentenceTransformer(str(tiny_model_folder)).state_dict())
+    name = next(name for name in weights[0] if name.endswith("layer.0.output.dense.weight"))
+    for place, one in enumerate(weights):
+        assert all((one[name] - other[name]).abs().max() > 1e-3 for other in weights[:place])
+
+
+def disagree(rank, folder, port):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=3)
+    agree({"seed": 1, "source": "faq"}, "at step 3")
+    try:
+        agree({"seed": 1, "source": "faq" if rank < 2 else "pairs"}, "at step 4")
+    except RankError as error:
+        (folder / str(rank)).write_text(str(error))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_are_named_on_every_rank(tmp_path):
+    torch.multiprocessing.spawn(disagree, (tmp_path, free_port()), nprocs=3)
+    expected = "rank 2, at step 4, source: got pairs, expected faq as on rank 0, start all ranks with"
+    assert [(tmp_path / str(rank)).read_text().startswith(expected) for rank in range(3)] == [True] * 3
