@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 
 from codiemb import losses
 from codiemb.encoder.engine import Text, embed, tokenize
-from codiemb.integrations import sentence_transformers as door
+from codiemb.integrations import same_dataset
 from codiemb.integrations.sentence_transformers import (
     CoDiEmbSimilarity,
     InfoNCE,
@@ -207,7 +207,7 @@ def sampler_of(lengths, world, **given):
     data = [[{"dataset_name": name, "n": n} for n in range(rows)] for name, rows in zip(names, lengths, strict=True)]
     samplers = [DefaultBatchSampler(range(rows), batch_size=2, drop_last=world > 1) for rows in lengths]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(door, "_processes", lambda: world)
+        patch.setattr(same_dataset, "_processes", lambda: world)
         return SameDatasetBatchSampler(ConcatDataset(data), samplers, seed=5, **given)
 
 
@@ -287,7 +287,7 @@ def test_a_resumed_epoch_is_the_rest_of_that_epoch(world):
 
 def test_processes_that_the_trainer_does_not_join_are_refused(monkeypatch):
     """transformers does so, with a warning only, where torchrun meets no GPU and no `use_cpu`."""
-    monkeypatch.setattr(door, "world_size", lambda: 2)
+    monkeypatch.setattr(same_dataset, "world_size", lambda: 2)
     with pytest.raises(ValueError, match="set use_cpu=True"):
         SameDatasetBatchSampler(ConcatDataset([[{}]]), [DefaultBatchSampler(range(1), batch_size=2, drop_last=True)])
 
