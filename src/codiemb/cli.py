@@ -63,17 +63,19 @@ def train(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     _quiet_libraries()
-    from codiemb.training import distributed, run
+    from codiemb import distributed
+    from codiemb.training import run
 
-    result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
-    if distributed.rank() == 0:
-        print(f"\n{run.results_table(result)}\n" if result.suite else "")
-        print(f"model {result.model}")
-    distributed.finish()
+    with distributed.told_of_lost_ranks():
+        result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
+        if distributed.rank() == 0:
+            print(f"\n{run.results_table(result)}\n" if result.suite else "")
+            print(f"model {result.model}")
+        distributed.finish()
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from codiemb.config import load_suite
+    from codiemb.config import Train, load_suite
 
     suite = load_suite(arguments.suite, arguments.data_root)
     names = [Path(model.removeprefix("bundled:")).resolve().name for model in arguments.models]
@@ -88,15 +90,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _quiet_libraries()
     import torch
 
+    from codiemb import distributed
     from codiemb.encoder.model import locate, open_model
     from codiemb.evaluation.suite import evaluate_suite, require_readable
 
     located = [locate(model) for model in arguments.models]
     require_readable(suite)
-    for name, model in zip(names, located, strict=True):
-        print(f"model {model}")
-        evaluate_suite(open_model(model, dtype=torch.float32), suite, Path(arguments.out) / name, bf16=arguments.bf16)
-    print(f"results in {arguments.out}")
+    say = logging.getLogger("codiemb").info  # on the first rank
+    with distributed.told_of_lost_ranks():
+        distributed.start(Train().ddp_timeout)
+        for name, model in zip(names, located, strict=True):
+            say(f"model {model}")
+            encoder = open_model(model, dtype=torch.float32)
+            evaluate_suite(encoder, suite, Path(arguments.out) / name, bf16=arguments.bf16)
+        say(f"results in {arguments.out}")
+        distributed.finish()
 
 
 def _quiet_libraries() -> None:

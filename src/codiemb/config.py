@@ -164,6 +164,7 @@ class Train(Section):
     save_strategy: Literal["steps", "epoch", "no"] = "steps"
     save_steps: Positive = 200
     save_total_limit: Positive | None = None
+    ddp_timeout: Positive = 1800
     report_to: list[str] | str = "none"
     run_name: str | None = None
 

@@ -1,11 +1,11 @@
-"""The exception tree. Every user mistake is one of these and ends as one line on the terminal, exit 2.
+"""The exception tree. A mistake of the user, or a failure around us, is one of these: one line on the terminal, exit 2.
 
 CodiembError
 ├── ConfigError       a setting, a command-line override, a suite file
 ├── DataError         a training or evaluation file
 ├── CheckpointError   a model folder or a checkpoint
 ├── EvaluationError   an evaluation that cannot be run
-└── RankError         processes of one run that do not do the same
+└── DistributedError  ranks that do not do the same, died or do not answer
 """
 
 from __future__ import annotations
@@ -56,5 +56,5 @@ class EvaluationError(CodiembError):
     pass
 
 
-class RankError(CodiembError):
+class DistributedError(CodiembError):
     pass

@@ -11,8 +11,8 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config
-from codiemb.errors import RankError
-from codiemb.training.distributed import agree, finish
+from codiemb.distributed import agree, finish
+from codiemb.errors import DistributedError
 from codiemb.training.run import train
 
 LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
@@ -122,7 +122,7 @@ def disagree(rank, folder, port):
     agree({"seed": 1, "source": "faq"}, "at step 3")
     try:
         agree({"seed": 1, "source": "faq" if rank < 2 else "pairs"}, "at step 4")
-    except RankError as error:
+    except DistributedError as error:
         (folder / str(rank)).write_text(str(error))
     dist.destroy_process_group()
 

@@ -89,7 +89,7 @@ def test_nothing_found_scores_zero():
 def test_search_equals_a_full_sort(k, block):
     random = torch.Generator().manual_seed(0)
     queries, documents = torch.randn(7, 6, generator=random), torch.randn(40, 6, generator=random)
-    scores, places = search(queries, documents, k, block)
+    scores, places = search(queries, documents, torch.arange(len(documents)), k, block)
     expected = (queries.numpy()[:, None] * documents.numpy()).sum(axis=2)
     order = np.argsort(-expected, axis=1)[:, :k]
     np.testing.assert_array_equal(places, order)
@@ -97,6 +97,6 @@ def test_search_equals_a_full_sort(k, block):
 
 
 def test_search_for_more_than_there_is_gives_all():
-    scores, places = search(torch.eye(2), torch.eye(2), 1000)
+    scores, places = search(torch.eye(2), torch.eye(2), torch.arange(2), 1000)
     assert scores.tolist() == [[1, 0], [1, 0]]
     assert places.tolist() == [[0, 1], [1, 0]]

@@ -154,8 +154,8 @@ def test_two_processes_train_the_same_model(config_file, tmp_path):
     A key's bias adds the same number to all attention logits of a row: its true gradient is 0, so Adam scales up
     rounding, and it is left out.
     """
-    overrides = ["model.dropout={hidden: 0, attention: 0}", "train.max_steps=7"]
-    train(load_config(config_file, [*overrides, f"output_dir={tmp_path / 'one'}"]))
+    overrides = ["model.dropout={hidden: 0, attention: 0}", "train.max_steps=7", "evaluation.every_steps=4"]
+    result = train(load_config(config_file, [*overrides, f"output_dir={tmp_path / 'one'}"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
     subprocess.run(
         [*command, "train", str(config_file), *overrides, f"output_dir={tmp_path / 'two'}"],
@@ -165,6 +165,12 @@ def test_two_processes_train_the_same_model(config_file, tmp_path):
     )
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "two" / "model", ["key.bias"], rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["world_size"] == 2
+    for when, tolerance in (("base", 1e-6), ("step-4", 1e-3), ("model", 1e-3)):  # two trainings, then, are compared
+        for name in result.base:
+            one, two = (
+                json.loads((tmp_path / run / "eval" / when / f"{name}.json").read_text()) for run in ("one", "two")
+            )
+            assert two["metrics"] == pytest.approx(one["metrics"], abs=tolerance), (when, name)
 
 
 TOPICS = [{"text": f"{LETTERS[n]} {LETTERS[n % 3]}", "label": f"topic {n % 3}"} for n in range(12)]

@@ -3,12 +3,16 @@
 `tokenize` takes the texts of one batch, all roles together: it keeps each distinct (prompt, length, text) once, sorts
 by length, and cuts into micro-batches of a token budget. `embed` runs them and puts the embeddings back in order. Both
 training and evaluation go this way.
+
+`encode` is for one process. Under torchrun, `encode_share` and `encode_on_all_ranks` are called by every rank with the
+same texts, and each encodes its share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
+from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.model import hidden_states
 from codiemb.errors import EvaluationError
 
@@ -124,6 +129,41 @@ def encode(
     embeddings = torch.cat(parts)[[rows[text] for text in texts]]
     if not bool(torch.isfinite(embeddings).all()):
         raise EvaluationError("embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged")
+    return embeddings
+
+
+def shares(texts: Sequence[Text], ranks: int) -> list[list[int]]:
+    """By rank, the places of the texts it encodes, ascending; equal texts are with one rank.
+
+    Dealt in turn from the longest down, so that all ranks finish at about the same time. With more ranks than distinct
+    texts, some get none.
+    """
+    distinct = sorted(dict.fromkeys(texts), key=lambda text: len(text.text), reverse=True)
+    owner = {text: number % ranks for number, text in enumerate(distinct)}
+    places: list[list[int]] = [[] for _ in range(ranks)]
+    for place, text in enumerate(texts):
+        places[owner[text]].append(place)
+    return places
+
+
+def encode_share(
+    encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
+) -> tuple[Float[Tensor, "own dim"], list[list[int]]]:
+    """The embeddings of this rank's share of `texts`, and `shares`."""
+    places = shares(texts, world_size())
+    own = [texts[place] for place in places[rank()]]
+    # A rank without texts encodes one, so that its share of no rows has the width of the others.
+    return encode(encoder, own or texts[:1], bf16=bf16, progress=progress)[: len(own)], places
+
+
+def encode_on_all_ranks(
+    encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
+) -> Float[Tensor, "text dim"]:
+    """What `encode` gives, on every rank; each has encoded its share."""
+    own, places = encode_share(encoder, texts, bf16=bf16, progress=progress)
+    rows = joined(own)[0]
+    embeddings = torch.empty_like(rows)
+    embeddings[torch.tensor(list(chain(*places)), device=rows.device)] = rows
     return embeddings
 
 

@@ -1,4 +1,4 @@
-"""Retrieval: exact search in blocks, and trec_eval's measures through pytrec_eval."""
+"""Retrieval: exact search in blocks over all ranks, and trec_eval's measures through pytrec_eval."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytrec_eval
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from codiemb.config import Source
 from codiemb.data.beir import Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
+from codiemb.distributed import joined
 
 RETRIEVED = 1000  # documents kept of each ranking, as trec_eval and mteb do
 METRICS = ("ndcg_at_10", "mrr_at_10", "map", "recall_at_100")
@@ -65,15 +66,33 @@ def load_collection(source: Source) -> Collection:
 
 
 def search(
-    queries: Float[Tensor, "query dim"], documents: Float[Tensor, "document dim"], k: int, block: int = 256
+    queries: Float[Tensor, "query dim"],
+    documents: Float[Tensor, "document dim"],
+    numbers: Int[Tensor, " document"],
+    k: int,
+    block: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` documents of highest dot product for each query: scores and places, [query, k], best first."""
-    scores, places = [], []
+    """The `k` documents of highest dot product for each query: scores and numbers, [query, k], best first.
+
+    Each rank brings all queries and its own documents, none included; the best of each are then put together, so that
+    no rank holds the whole corpus and what is exchanged does not grow with it.
+
+    Args:
+        numbers: the number of each document in the whole corpus.
+    """
+    scores, found = [], []
     for part in queries.split(block):
-        best = (part @ documents.T).topk(min(k, len(documents)), dim=1)
-        scores.append(best.values.float().cpu().numpy())
-        places.append(best.indices.cpu().numpy())
-    return np.concatenate(scores), np.concatenate(places)
+        own = (part @ documents.T).float().topk(min(k, len(documents)), dim=1)
+        all_scores, all_numbers = _side_by_side(own.values), _side_by_side(numbers[own.indices])
+        best = all_scores.topk(min(k, all_scores.shape[1]), dim=1)
+        scores.append(best.values.cpu().numpy())
+        found.append(all_numbers.gather(1, best.indices).cpu().numpy())
+    return np.concatenate(scores), np.concatenate(found)
+
+
+def _side_by_side(lists: Tensor) -> Tensor:
+    """[query, entry] of all ranks, the entries of one rank after those of another."""
+    return joined(lists.T.contiguous())[0].T
 
 
 def score(run: dict[str, dict[str, float]], qrels: Qrels) -> dict[str, dict[str, float]]:

@@ -1,4 +1,8 @@
-"""A suite of data sets, evaluated in turn; `<dataset>.json` and its per-item scores are written for each."""
+"""A suite of data sets, evaluated in turn; `<dataset>.json` and its per-item scores are written for each.
+
+Under torchrun every rank calls in, with the same arguments: texts are encoded and corpora searched on all of them. The
+first rank computes the metrics and writes; all return them.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
 from codiemb.config import ROLES, Source
 from codiemb.data.store import load_records
-from codiemb.encoder.engine import Text, encode
+from codiemb.distributed import from_first, rank, world_size
+from codiemb.encoder.engine import Text, encode_on_all_ranks, encode_share
 from codiemb.encoder.model import instructed, max_length, prompt
 from codiemb.evaluation import retrieval, similarity
 from codiemb.versions import versions
@@ -57,13 +63,14 @@ def evaluate_suite(
     for source in suite:
         started = time.perf_counter()
         scores = EVALUATORS[source.task](encoder, source, bf16)
-        results[source.name] = scores.metrics
-        headline = HEADLINE[source.task]
-        seconds = time.perf_counter() - started
-        logger.info(
-            f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s"
-        )
-        _write(encoder, source, scores, out, seconds, bf16)
+        if scores is not None:
+            headline = HEADLINE[source.task]
+            seconds = time.perf_counter() - started
+            logger.info(
+                f"{source.name:<20} {headline} {100 * scores.metrics[headline]:6.2f}   n {scores.n}, {seconds:.0f} s"
+            )
+            _write(encoder, source, scores, out, seconds, bf16)
+        results[source.name] = from_first(scores.metrics if scores is not None else {})
     return results
 
 
@@ -80,8 +87,8 @@ def require_readable(suite: list[Source]) -> None:
             load_records(source, keep_duplicates=True)
 
 
-def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores:
-    """Every judged query of the split against the whole corpus, by exact search."""
+def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores | None:
+    """Every judged query of the split against the whole corpus, by exact search; None but on the first rank."""
     collection = retrieval.load_collection(source)
     keys, documents = list(collection.queries), list(collection.documents)
     queries = [
@@ -97,9 +104,12 @@ def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool 
         for text in collection.documents.values()
     ]
     with _progress(source.name, {*queries, *document_texts}) as bar:
-        query_embeddings = encode(encoder, queries, bf16=bf16, progress=bar)
-        document_embeddings = encode(encoder, document_texts, bf16=bf16, progress=bar)
-    found, places = retrieval.search(query_embeddings, document_embeddings, retrieval.RETRIEVED)
+        query_embeddings = encode_on_all_ranks(encoder, queries, bf16=bf16, progress=bar)
+        document_embeddings, shares = encode_share(encoder, document_texts, bf16=bf16, progress=bar)
+    numbers = torch.tensor(shares[rank()], dtype=torch.int64, device=document_embeddings.device)
+    found, places = retrieval.search(query_embeddings, document_embeddings, numbers, retrieval.RETRIEVED)
+    if rank() > 0:
+        return None
     run = {
         key: {documents[place]: float(value) for place, value in zip(places[row], found[row], strict=True)}
         for row, key in enumerate(keys)
@@ -111,8 +121,8 @@ def evaluate_retrieval(encoder: SentenceTransformer, source: Source, bf16: bool 
     return Scores(metrics, len(keys), items, {"documents": len(documents), "left_out": collection.left_out})
 
 
-def evaluate_similarity(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores:
-    """Every pair of the file, as it stands."""
+def evaluate_similarity(encoder: SentenceTransformer, source: Source, bf16: bool = False) -> Scores | None:
+    """Every pair of the file, as it stands; None but on the first rank."""
     records = load_records(source, keep_duplicates=True)
     columns = records.table[:]
     sides = []
@@ -121,7 +131,9 @@ def evaluate_similarity(encoder: SentenceTransformer, source: Source, bf16: bool
             before = instructed(instruction) if instruction else prompt(encoder, "similarity")
             sides.append(Text(text, before, max_length(encoder, "similarity")))
     with _progress(source.name, set(sides)) as bar:
-        embeddings = encode(encoder, sides, bf16=bf16, progress=bar)
+        embeddings = encode_on_all_ranks(encoder, sides, bf16=bf16, progress=bar)
+    if rank() > 0:
+        return None
     half = len(records)
     cosines = (embeddings[:half] * embeddings[half:]).sum(dim=1).cpu().numpy().astype(float)
     labels = np.array([scores[0] for scores in columns["positive_scores"]])
@@ -129,7 +141,7 @@ def evaluate_similarity(encoder: SentenceTransformer, source: Source, bf16: bool
     return Scores(similarity.score(cosines, labels), half, items, {"left_out": records.dropped})
 
 
-EVALUATORS: dict[str, Callable[[SentenceTransformer, Source, bool], Scores]] = {
+EVALUATORS: dict[str, Callable[[SentenceTransformer, Source, bool], Scores | None]] = {
     "retrieval": evaluate_retrieval,
     "similarity": evaluate_similarity,
 }
@@ -146,7 +158,9 @@ def average(results: dict[str, dict[str, float]], suite: list[Source]) -> dict[s
 
 
 def _progress(name: str, texts: set[Text]) -> tqdm:
-    return tqdm(total=len(texts), desc=f"encode {name}", unit="text", leave=False)
+    """Of the first rank's share."""
+    own = -(-len(texts) // world_size())
+    return tqdm(total=own, desc=f"encode {name}", unit="text", leave=False, disable=rank() > 0)
 
 
 def _write(encoder: SentenceTransformer, source: Source, scores: Scores, out: Path, seconds: float, bf16: bool) -> None:

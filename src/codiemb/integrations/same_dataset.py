@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler, ConcatDataset
 
 from codiemb.batching.plan import Plan, slice_of
 from codiemb.config import Batching
-from codiemb.training.distributed import rank, world_size
+from codiemb.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
 

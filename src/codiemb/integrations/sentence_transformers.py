@@ -25,13 +25,13 @@ from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
+from codiemb.distributed import joined, scale_gradient, world_size
 from codiemb.encoder.engine import Features, pool_middle
 from codiemb.encoder.model import hidden_states
 from codiemb.integrations.same_dataset import SameDatasetBatchSampler
 from codiemb.losses.objective import Pairs, pairs
 from codiemb.losses.retrieval import info_nce
 from codiemb.tasks.similarity import SimilarityLosses
-from codiemb.training.distributed import joined, scale_gradient, world_size
 
 __all__ = ["CoDiEmbSimilarity", "InfoNCE", "PairLoss", "SameDatasetBatchSampler", "text_ids"]
 

@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from codiemb.config import Losses
+from codiemb.distributed import gathered, joined, scale_gradient, summed, world_size
 from codiemb.encoder.engine import embed
 from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
 from codiemb.losses.retrieval import Groups
 from codiemb.tasks import TASKS
-from codiemb.training.distributed import gathered, joined, scale_gradient, summed, world_size
 
 
 class JointModel(nn.Module):

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from codiemb.training.distributed import total
+from codiemb.distributed import total
 
 COUNTS = ("rows", "tokens", "padded_tokens")  # over all ranks
 
@@ -100,6 +100,9 @@ class MetricsLog(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write()
+
+    def close(self) -> None:
+        """Ends the bar's line, so that what is said next has a line of its own."""
         if self.bar is not None:
             self.bar.close()
 

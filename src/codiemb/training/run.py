@@ -25,13 +25,13 @@ from codiemb.batching.plan import Plan
 from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config, load_suite, used_settings
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
+from codiemb.distributed import agree, barrier, rank, start, world_size
 from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import nearest_folder, require_folder
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
-from codiemb.training.distributed import agree, barrier, rank, world_size
 from codiemb.training.trainer import (
     JointTrainer,
     checkpoint_bytes,
@@ -119,6 +119,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     """
     run = Path(config.output_dir)
     checkpoint = _look_at_run_folder(config, resume, overwrite)
+    start(config.train.ddp_timeout)
     prepared = prepare(config)
     encoder, suite = prepared.encoder, prepared.suite
     if checkpoint is not None:
@@ -146,6 +147,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
         )
         raise KeyboardInterrupt(kept) from None
+    finally:
+        trainer.step_log.close()
     writing = run / ".writing"
     if rank() == 0:
         save_encoder(encoder, writing)
@@ -288,13 +291,9 @@ def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
 
 
 def _evaluate(encoder: SentenceTransformer, suite: list[Source], out: Path, when: str) -> Results:
-    """On the first rank; the others wait."""
-    results: Results = {}
-    if rank() == 0 and suite:
+    if suite:
         logger.info(f"evaluation {when}")
-        results = evaluate_suite(encoder, suite, out)
-    barrier()
-    return results
+    return evaluate_suite(encoder, suite, out)
 
 
 class _EvaluateDuring(TrainerCallback):

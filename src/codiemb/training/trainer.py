@@ -20,9 +20,9 @@ from codiemb.batching.loader import StepLoader, StepReader
 from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
+from codiemb.distributed import agree, barrier, rank, world_size
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.training.distributed import agree, barrier, rank, world_size
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 
@@ -130,7 +130,6 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
             logging_nan_inf_filter=False,
             eval_strategy="no",
             ddp_find_unused_parameters=True,
-            ddp_timeout=24 * 3600,  # the other ranks wait while the first evaluates
             **settings,
         )
     except (ValueError, ImportError, RuntimeError) as error:

@@ -9,14 +9,21 @@ batch; DDP takes the mean over ranks, which `scale_gradient` undoes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from typing import Any
+import os
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codiemb.errors import RankError
+from codiemb.errors import DistributedError
+
+Anything = TypeVar("Anything")
 
 
 def world_size() -> int:
@@ -93,7 +100,7 @@ def agree(facts: dict[str, str | int], where: str) -> None:
     """Raises one error on every rank if the ranks do not hold the same facts.
 
     Raises:
-        RankError: naming the first rank that differs from rank 0, the fact, and both values.
+        DistributedError: naming the first rank that differs from rank 0, the fact, and both values.
     """
     if world_size() == 1:
         return
@@ -102,7 +109,7 @@ def agree(facts: dict[str, str | int], where: str) -> None:
     for other, theirs in enumerate(everywhere):
         for name, value in everywhere[0].items():
             if theirs.get(name) != value:
-                raise RankError(
+                raise DistributedError(
                     f"rank {other}, {where}, {name}",
                     got=theirs.get(name),
                     expected=f"{value} as on rank 0",
@@ -121,3 +128,48 @@ def total(counts: list[int], device: torch.device) -> Tensor:
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:
     """The same value with its gradient multiplied."""
     return loss if factor == 1 else loss.detach() + factor * (loss - loss.detach())
+
+
+def from_first(value: Anything) -> Anything:
+    """What the first rank holds, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def start(timeout: int) -> None:
+    """Joins the ranks that torchrun started; `timeout` seconds is the longest wait for another rank.
+
+    The Trainer would join them itself, but on processors it forgets `ddp_timeout`.
+    """
+    if dist.is_torchelastic_launched() and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+_GLOO = ("gloo", "pair closure", "connection closed by peer", "connection reset by peer")  # its errors are plain ones
+
+
+@contextlib.contextmanager
+def told_of_lost_ranks() -> Iterator[None]:
+    """Ends with one line when another rank has died, or is silent for longer than the time-out.
+
+    NCCL has a thread of its own that ends the process instead; the torchrun of that machine then says so.
+
+    Raises:
+        DistributedError: instead of the exchange's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error).lower() for word in _GLOO):
+            raise
+        raise DistributedError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} on {socket.gethostname()}",
+            got=str(error).splitlines()[0],
+            expected="an answer of every rank in time (train.ddp_timeout)",
+            fix="look for the first error on the other machines, then start all of them again with --resume",
+        ) from error

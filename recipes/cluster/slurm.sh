@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of several machines, and goes on from the newest checkpoint if there is one.
+#
+#   sbatch --nodes 2 recipes/cluster/slurm.sh CONFIG OUTPUT_DIR
+#
+# CONFIG, the data, the model and OUTPUT_DIR are on a disk that every machine sees. See docs/distributed.md.
+#SBATCH --job-name=codiemb
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+export CONFIG=${1:?CONFIG, then OUTPUT_DIR} OUTPUT_DIR=${2:?OUTPUT_DIR after CONFIG}
+export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export RESUME=$(compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null && echo --resume)
+# export NCCL_SOCKET_IFNAME=ib0       # if the machines have more than one network
+
+# One torchrun a machine. A machine that fails takes the others down at once.
+srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+    --nproc-per-node gpu --master-addr "$FIRST" --master-port 29500 \
+    -m codiemb train "$CONFIG" "output_dir=\"$OUTPUT_DIR\"" train.ddp_timeout=600 $RESUME'

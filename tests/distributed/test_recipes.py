@@ -1,0 +1,121 @@
+"""The scripts and commands for clusters: they parse, and what they call exists.
+
+The programs of the cluster are replaced by small ones, so that the scripts run here to the torchrun they start.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from codiemb import cli
+from codiemb.config import load_config
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "recipes" / "cluster"
+PROGRAMS = {
+    "torchrun": 'printf "%s\\0" "$@" >> "$CALLS"; printf "\\0" >> "$CALLS"',
+    "scontrol": "[ \"$*\" = 'show hostnames node[7-8]' ] && printf 'node7\\nnode8\\n'",
+    "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; for n in 0 1; do SLURM_NODEID=$n "$@" || exit; done',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Runs a script among the programs above; the commands that torchrun got."""
+    for name, body in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(*command, **environment):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        subprocess.run(command, check=True, env={"PATH": path, "CALLS": str(tmp_path / "calls"), **environment})
+        return [call.split("\0") for call in (tmp_path / "calls").read_text().removesuffix("\0\0").split("\0\0")]
+
+    return run
+
+
+def parsed(command):
+    """The torchrun and the codiemb command line; each is refused here if a flag, a verb or a setting is not known."""
+    torchrun = get_args_parser().parse_args(command)
+    assert torchrun.module
+    assert torchrun.training_script == "codiemb"
+    ours = cli._parser().parse_args(torchrun.training_script_args)
+    for override in getattr(ours, "overrides", []):
+        load_config(ROOT / "recipes" / "joint.yaml", [override])
+    return torchrun, ours
+
+
+def manifest():
+    service, job = yaml.safe_load_all((CLUSTER / "kubernetes.yaml").read_text())
+    return service, job, job["spec"]["template"]["spec"]
+
+
+def run_slurm(cluster, out):
+    names = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2"}
+    return cluster("bash", str(CLUSTER / "slurm.sh"), "joint.yaml", str(out), **names)
+
+
+def run_kubernetes(cluster, out):
+    container = manifest()[2]["containers"][0]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]} | {"OUTPUT_DIR": str(out)}
+    calls = []
+    for index in ("0", "1"):
+        calls += cluster(*container["command"], *container["args"], **environment, JOB_COMPLETION_INDEX=index)
+    return calls
+
+
+SCRIPTS = {"slurm": (run_slurm, "node7"), "kubernetes": (run_kubernetes, "codiemb-0.codiemb")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_starts_one_torchrun_a_machine(name, cluster, tmp_path):
+    run, first = SCRIPTS[name]
+    calls = [parsed(call) for call in run(cluster, tmp_path / "a run")]
+    assert [torchrun.node_rank for torchrun, _ in calls] == [0, 1]
+    for torchrun, ours in calls:
+        assert (torchrun.nnodes, torchrun.nproc_per_node) == ("2", "gpu")
+        assert (torchrun.master_addr, torchrun.master_port) == (first, 29500)
+        assert (ours.run, ours.resume) == (cli.train, False)
+        assert load_config(ROOT / "recipes" / "joint.yaml", ours.overrides).output_dir == str(tmp_path / "a run")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_resumes_where_there_is_a_checkpoint(name, cluster, tmp_path):
+    (tmp_path / "run" / "checkpoint-200").mkdir(parents=True)
+    calls = [parsed(call) for call in SCRIPTS[name][0](cluster, tmp_path / "run")]
+    assert [ours.resume for _, ours in calls] == [True, True]
+
+
+def test_the_manifest_is_consistent():
+    service, job, pod = manifest()
+    assert (service["kind"], job["kind"]) == ("Service", "Job")
+    assert service["spec"]["clusterIP"] == "None", "headless"
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert job["spec"]["completionMode"] == "Indexed"
+    container = pod["containers"][0]
+    nodes = {entry["name"]: entry["value"] for entry in container["env"]}["NODES"]
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(nodes)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_commands_of_the_page_exist():
+    page = (ROOT / "docs" / "distributed.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in re.findall(r"^ {4}(torchrun .*)$", page, re.MULTILINE)]
+    verbs = [parsed(command)[1].run.__name__ for command in commands]
+    assert verbs.count("train") >= 3
+    assert "evaluate" in verbs
+
+
+@pytest.mark.parametrize("wrong", ["--nodes 2 -m codiemb train c.yaml", "-m codiemb trian c.yaml"])
+def test_the_check_of_commands_can_fail(wrong, capsys):
+    with pytest.raises(SystemExit):
+        parsed(shlex.split(wrong))
+    assert "error" in capsys.readouterr().err
