@@ -1,6 +1,7 @@
 """A rank that is silent ends the others in time, with one line; other errors pass. This file is also the script."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,12 +35,21 @@ def test_the_wait_for_a_silent_rank_ends_after_the_timeout():
     assert time.monotonic() - began < SILENCE - 100
 
 
-def test_errors_of_the_exchange_are_told_and_others_pass():
-    with (
-        pytest.raises(DistributedError, match="got Connection closed by peer, expected"),
-        distributed.told_of_lost_ranks(),
-    ):
-        raise dist.DistNetworkError("Connection closed by peer\nand a stack of C++")
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError("Connection closed by peer\nand a stack of C++"),
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:49364: reset"),
+        RuntimeError("Application timeout caused pair closure"),  # seen instead, about once in ten cut links
+    ],
+)
+def test_errors_of_the_exchange_are_told(error):
+    said = re.escape(str(error).splitlines()[0])
+    with pytest.raises(DistributedError, match=f"got {said}, expected"), distributed.told_of_lost_ranks():
+        raise error
+
+
+def test_other_errors_pass():
     with pytest.raises(RuntimeError, match="shapes"), distributed.told_of_lost_ranks():
         raise RuntimeError("shapes do not fit")
 
