@@ -6,19 +6,18 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from codiemb.errors import CodiembError, EvaluationError
+from codiemb.errors import CodiembError, EvaluationError, Stopped
 from codiemb.files import require_folder
-
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C."""
+    """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     # Threads of torch that wait should sleep: one busy neighbour makes spinning ones many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parsed = _parser().parse_args(arguments)
@@ -35,9 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"\ninterrupted: {stop}" if str(stop) else "\ninterrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except Stopped as stop:
+        name = signal.Signals(stop.signal).name
+        print(f"\nstopped by {name}: {stop.message}", file=sys.stderr)
+        sys.exit(128 + stop.signal)  # as a shell says it, and schedulers read it
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def demo(arguments: argparse.Namespace) -> None:

@@ -13,15 +13,15 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from codiemb.errors import DistributedError
+from codiemb.errors import CodiembError, DistributedError
 
 Anything = TypeVar("Anything")
 _GLOO_SAYS = ("gloo/", "Application timeout caused pair closure")  # its errors are plain RuntimeErrors
@@ -118,6 +118,15 @@ def agree(facts: dict[str, str | int], where: str) -> None:
                 )
 
 
+def highest(value: int) -> int:
+    """The largest of the values that the ranks hold; on processors, so that no rank waits for its GPU."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return int(tensor)
+
+
 def total(counts: list[int], device: torch.device) -> Tensor:
     """The counts of all ranks, added; int64 [count]."""
     tensor = torch.tensor(counts, dtype=torch.int64, device=device)
@@ -139,15 +148,30 @@ def from_first(value: Anything) -> Anything:
     return values[0]
 
 
+def on_first(act: Callable[[], Anything]) -> Anything:
+    """What `act` returns on the first rank, which alone runs it; a mistake it finds is raised on every rank."""
+    value, mistake = None, None
+    if rank() == 0:
+        try:
+            value = act()
+        except CodiembError as error:
+            mistake = error
+    value, mistake = from_first((value, mistake))
+    if mistake is not None:
+        raise mistake
+    return cast(Anything, value)
+
+
 def start(timeout: int) -> None:
     """Joins the ranks that torchrun started; `timeout` seconds is the longest wait for another rank.
 
-    The Trainer would join them itself, but on processors it forgets `ddp_timeout`.
+    The Trainer would join them itself, but on processors it forgets `ddp_timeout`. With GPUs, tensors on processors are
+    exchanged by gloo.
     """
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 

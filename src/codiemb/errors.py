@@ -15,6 +15,14 @@ from typing import Any
 _MISSING: Any = object()
 
 
+class Stopped(BaseException):
+    """A signal ended the work in good order. As with KeyboardInterrupt, no `except Exception` holds it up."""
+
+    def __init__(self, signal: int, message: str = "") -> None:
+        super().__init__(signal, message)
+        self.signal, self.message = signal, message
+
+
 def short(value: Any, length: int = 60) -> str:
     """`repr(value)`, cut to `length` characters."""
     text = repr(value)

@@ -1,11 +1,68 @@
-"""Where results are written."""
+"""Where results are written, and how: under a temporary name, then renamed, so that what bears its name is whole."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from codiemb.errors import ConfigError
+from safetensors import SafetensorError
+
+from codiemb.errors import CheckpointError, ConfigError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRITERS_SAY = (*(f"os error {number})" for number in _NO_ROOM), "PytorchStreamWriter failed")  # safetensors and torch
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Writes a text file that is there with all of its content, on the disk, or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's list of files, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(written: Path, final: Path) -> None:
+    """Gives a finished folder its name once all of it is on the disk: a power cut leaves the whole or none."""
+    for path in (*written.rglob("*"), written):
+        sync(path)
+    os.replace(written, final)
+    sync(final.parent)
+
+
+@contextlib.contextmanager
+def told_of_full_disk(folder: Path, unfinished: Path) -> Iterator[None]:
+    """Ends with one line when there is no room left to write into `folder`, and removes `unfinished`, inside it.
+
+    Raises:
+        CheckpointError: instead of the error of the system, of safetensors or of torch.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in _NO_ROOM and not any(words in str(error) for words in _WRITERS_SAY):
+            raise
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise CheckpointError(
+            f"folder {folder}",
+            got=str(error).splitlines()[0],
+            expected="room to write",
+            fix="free some disk, then go on with --resume",
+        ) from error
 
 
 def nearest_folder(path: Path) -> Path:

@@ -1,9 +1,12 @@
 """Whatever the user gets wrong ends as one line on stderr, exit 2, no traceback, and nothing left behind."""
 
+import errno
 import gzip
 import json
 import os
 import shutil
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -11,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 import zstandard
+from safetensors.torch import load_file, save_file
 
 from codiemb import cli
 from tests.integration.conftest import PAIRS, QUERIES
@@ -559,24 +563,51 @@ def test_resume_without_a_checkpoint(workplace):
     workplace.refused("--resume", "no complete checkpoint", arguments=("--resume",))
 
 
-def test_resume_from_a_damaged_checkpoint(workplace):
+def test_resume_from_a_checkpoint_without_a_manifest(workplace):
     workplace.write("run/checkpoint-2/model.safetensors", b"")
-    workplace.refused("checkpoint-2", arguments=("--resume",))
+    workplace.refused("checkpoint-2/manifest.json", "no checkpoint is whole", arguments=("--resume",))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", '{"a": "b"}', '{"a": null}', '{"a": -1}', '{"a": NaN}'])
-def test_resume_with_balance_from_a_checkpoint_without_sizes(workplace, content):
-    workplace.config["losses"] = {"balance": "magnitude"}
+@pytest.fixture
+def unfinished(workplace):
+    """A run of two steps with a checkpoint of each, as if it had been killed before its end."""
     workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1}
     workplace.run("train")
     workplace.capsys.readouterr()
-    shutil.rmtree(workplace.folder / "run" / "model")  # as if it had stopped before the end
-    sizes = workplace.folder / "run" / "checkpoint-2" / "balance.json"
-    if content is None:
-        sizes.unlink()
-    else:
-        sizes.write_text(content)
-    workplace.refused("balance.json", "losses.balance", arguments=("--resume",))
+    shutil.rmtree(workplace.folder / "run" / "model")
+    return workplace
+
+
+def test_resume_when_every_checkpoint_is_damaged(unfinished):
+    for path in (unfinished.folder / "run").glob("checkpoint-*/optimizer.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    unfinished.refused("--resume", "checkpoint-2/optimizer.pt", "no checkpoint is whole", arguments=("--resume",))
+
+
+def test_resume_with_other_data(unfinished):
+    unfinished.rows("pairs.jsonl", *PAIRS[:2], {**PAIRS[2], "positive_scores": [0.5]})
+    unfinished.refused("--resume, source 'pairs'", "other rows", "checkpoint-2", arguments=("--resume",))
+
+
+def test_resume_with_another_base(unfinished, tmp_path):
+    """The path is the same, the weights are not."""
+    weights = Path(unfinished.config["model"]["base"])
+    unfinished.config["model"]["base"] = str(shutil.copytree(weights, tmp_path / "other"))
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in tensors.items()}, tmp_path / "other" / "model.safetensors")
+    unfinished.write("config.yaml", yaml.safe_dump(unfinished.config))
+    unfinished.refused("--resume, model.base", "other weights", arguments=("--resume",))
+
+
+def test_resume_with_other_settings(unfinished):
+    changed = ("seed=7", "train.learning_rate=0.5")
+    said = unfinished.refused("other settings", "checkpoint-2", "--resume", arguments=(*changed, "--resume"))
+    assert "--resume, seed 7 (was 42), train.learning_rate 0.5 (was 5e-05): got" in said
+
+
+def test_resume_with_settings_that_do_not_change_the_model(unfinished):
+    unfinished.run("train", "train.save_total_limit=1", "train.logging_steps=1", "--resume")
+    assert (unfinished.folder / "run" / "model").is_dir()
 
 
 def test_resume_with_settings_of_a_task_that_has_no_source(workplace):
@@ -591,7 +622,7 @@ def test_resume_with_settings_of_a_task_that_has_no_source(workplace):
     workplace.config["losses"]["retrieval"] = {"temperature": 0.2}
     workplace.write("config.yaml", yaml.safe_dump(workplace.config))
     workplace.capsys.readouterr()
-    workplace.refused("--resume, losses", "other settings", arguments=("--resume",))
+    workplace.refused("--resume, losses.retrieval.temperature 0.2 (was 0.02)", arguments=("--resume",))
 
 
 @pytest.mark.parametrize("emphasis", [0.5, 1])
@@ -649,30 +680,99 @@ def test_overwrite_keeps_the_earlier_run_if_the_new_one_is_refused(workplace):
     workplace.refused("queries", arguments=("--overwrite",))
 
 
-def test_interrupt_while_training(workplace, monkeypatch):
-    """Ctrl-C ends with 130 and says how to go on."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_training_after_the_step_in_hand(workplace, monkeypatch, number, code):
+    """Checkpoints are written every 100 steps, so the one of step 3 is written for the signal."""
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 100, "max_steps": 5}
+    at_step(3, monkeypatch, lambda: os.kill(os.getpid(), number))
+    shown = ends_with(code, workplace)
+    assert shown.endswith("checkpoint-3; go on with --resume\n")
+    assert [path.name for path in (workplace.folder / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (workplace.folder / "run" / "model").exists()
+    monkeypatch.undo()
+    workplace.run("train", "--resume")
+    assert (workplace.folder / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_second_ctrl_c_ends_at_once(workplace, monkeypatch):
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    at_step(3, monkeypatch, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    shown = ends_with(130, workplace)
+    assert shown.endswith("checkpoint-2; go on with --resume\n")
+
+
+def test_a_signal_while_the_base_is_scored_ends_at_once(workplace, monkeypatch):
+    workplace.config["evaluation"] = {"suite": "suite.yaml"}
+    workplace.write("suite.yaml", yaml.safe_dump([{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]))
+    monkeypatch.setattr("codiemb.training.run.evaluate_suite", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    shown = ends_with(143, workplace)
+    assert shown.endswith("no checkpoint was written\n")
+    monkeypatch.undo()
+    monkeypatch.setenv("CODIEMB_CACHE", str(workplace.folder / "cache"))
+    workplace.run("train", "--resume")  # a run that was begun, and has no checkpoint yet
+    assert "starting from the beginning" in workplace.capsys.readouterr().out
+    assert (workplace.folder / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_signals_are_the_callers_again_after_a_run(workplace):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    workplace.run("train")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_the_run_goes_on_from_the_newest_checkpoint_that_is_whole(unfinished):
+    """The newest is cut: what it held is trained again, to the same weights; it is replaced."""
+    run = unfinished.folder / "run"
+    newest = {path.name: path.read_bytes() for path in (run / "checkpoint-2").iterdir() if path.is_file()}
+    (run / "checkpoint-2" / "model.safetensors").write_bytes(newest["model.safetensors"][:1000])
+    unfinished.run("train", "--resume")
+    shown = unfinished.capsys.readouterr().out
+    assert f"checkpoint-2/model.safetensors: got 1000 bytes, expected {len(newest['model.safetensors'])} bytes" in shown
+    assert f"resuming from {run / 'checkpoint-1'}" in shown
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt"):
+        assert (run / "checkpoint-2" / name).read_bytes() == newest[name], name
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoints(workplace, monkeypatch):
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    at_step(2, monkeypatch, lambda: monkeypatch.setattr("torch.save", full))
+    shown = ends_with(2, workplace)
+    assert shown.startswith(f"error: folder {workplace.folder / 'run'}: got [Errno 28] No space left on device")
+    assert "--resume" in shown
+    run = workplace.folder / "run"
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (run / ".writing").exists()
+    monkeypatch.undo()
+    workplace.run("train", "--resume")
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def at_step(number, monkeypatch, act):
+    """Does `act` in the middle of a step."""
     from codiemb.training.trainer import JointTrainer
 
-    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     step = JointTrainer.training_step
 
-    def interrupted(trainer, *arguments, **settings):
-        if trainer.state.global_step == 2:
-            raise KeyboardInterrupt
+    def wrapped(trainer, *arguments, **settings):
+        if trainer.state.global_step == number - 1:
+            act()
         return step(trainer, *arguments, **settings)
 
-    monkeypatch.setattr(JointTrainer, "training_step", interrupted)
+    monkeypatch.setattr(JointTrainer, "training_step", wrapped)
+
+
+def ends_with(code, workplace):
+    """What is said on stderr, its last line, by a training that ends with `code` and no traceback."""
     with pytest.raises(SystemExit) as stop:
         workplace.run("train")
     shown = workplace.capsys.readouterr().err
-    assert stop.value.code == 130
-    assert "interrupted" in shown
-    assert "checkpoint-2" in shown
-    assert "--resume" in shown
+    assert stop.value.code == code, shown
     assert "Traceback" not in shown
-    monkeypatch.setattr(JointTrainer, "training_step", step)
-    workplace.run("train", "--resume")
-    assert (workplace.folder / "run" / "model" / "model.safetensors").is_file()
+    return shown.splitlines(keepends=True)[-1]
 
 
 def test_debug_shows_the_traceback(workplace):

@@ -115,16 +115,16 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 8:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # as if it were killed: no checkpoint is written for it
         original(self, args, state, control, **kwargs)
 
     config = load_config(config_file, [dropout])
     monkeypatch.setattr(MetricsLog, "on_step_begin", stop)
-    with pytest.raises(KeyboardInterrupt, match="checkpoint-6; go on with --resume"):
+    with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "model").exists()
-    with pytest.raises(ConfigError, match=r"--resume, seed: got other settings"):
+    with pytest.raises(ConfigError, match=r"--resume, seed 7 \(was 42\): got other settings"):
         train(load_config(config_file, [dropout, "seed=7"]), resume=True)
     train(config, resume=True)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
@@ -222,8 +222,7 @@ def test_every_task_trains_in_one_run_with_balance_and_prefixes(config_file, tmp
 
     halted = tmp_path / "halted"
     halted.mkdir()
-    for name in ("config.yaml", "plan.json", "environment.json", "metrics.jsonl"):
-        (halted / name).write_text((run / name).read_text().replace(str(run), str(halted)))
+    (halted / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
     (run / "checkpoint-4").rename(halted / "checkpoint-4")
     train(load_config(config_file, [f"output_dir={halted}"]), resume=True)
     assert_equal_weights(run / "model", halted / "model", rtol=0, atol=0)

@@ -86,10 +86,19 @@ class Records:
     def digest(self) -> str:
         """Equal for sources that hold the same texts in the same order, wherever their files lie."""
         found = blake2b(digest_size=16)
-        for name in ("query_id", "positive_ids", "negative_ids", "positive_scores", "label_id"):
+
+        def take(numbers: pa.Array) -> None:
+            found.update(np.ascontiguousarray(numbers.fill_null(-1).to_numpy(zero_copy_only=False)).tobytes())
+
+        for name in ("query_id", "positive_ids", "negative_ids", "positive_scores", "negative_scores", "label_id"):
             column = self.column(name).combine_chunks()
-            values = column.flatten() if pa.types.is_list(column.type) else column
-            found.update(np.ascontiguousarray(values.fill_null(0).to_numpy(zero_copy_only=False)).tobytes())
+            if pa.types.is_list(column.type):
+                take(column.value_lengths())
+                column = column.flatten()
+            take(column)
+        instructions = self.column("instruction").combine_chunks().dictionary_encode()
+        found.update(json.dumps(instructions.dictionary.to_pylist()).encode())
+        take(instructions.indices)
         return found.hexdigest()
 
     def by_label(self, place: int, same: int, other: int, random: np.random.Generator) -> tuple[list[int], list[int]]:

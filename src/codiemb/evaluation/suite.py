@@ -28,6 +28,7 @@ from codiemb.distributed import from_first, rank, world_size
 from codiemb.encoder.engine import Text, encode_on_all_ranks, encode_share
 from codiemb.encoder.model import instructed, max_length, prompt
 from codiemb.evaluation import retrieval, similarity
+from codiemb.files import write_whole
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -183,5 +184,4 @@ def _write(encoder: SentenceTransformer, source: Source, scores: Scores, out: Pa
     items, result = out / content["items"], out / f"{source.name}.json"
     pq.write_table(pa.table(scores.items), f"{items}.partial")
     os.replace(f"{items}.partial", items)
-    Path(f"{result}.partial").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(f"{result}.partial", result)
+    write_whole(result, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from codiemb.distributed import total
+from codiemb.files import write_whole
 
 COUNTS = ("rows", "tokens", "padded_tokens")  # over all ranks
 
@@ -68,7 +70,7 @@ class MetricsLog(TrainerCallback):
         if self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = lines[: state.global_step]  # a line a step; what comes after is done again
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_whole(self.path, "".join(line + "\n" for line in kept))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="train", file=sys.stderr)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -117,6 +119,8 @@ class MetricsLog(TrainerCallback):
                     if math.isnan(line["candidates_per_query"] or 0):  # no query of the batch has a positive
                         line["candidates_per_query"] = None
                     file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             self.shown |= {task: float(loss) for task, loss in self.by_task.items()}
             losses = {f"loss {task}": f"{loss:.3f}" for task, loss in sorted(self.shown.items())}
             self.bar.set_postfix({**losses, "tokens/s": f"{self.tokens / max(self.seconds, 1e-9):.0f}"})

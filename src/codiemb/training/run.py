@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,23 +21,20 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
-from codiemb.config import ROLES, Config, Role, Source, dump_config, load_config, load_suite, used_settings
+from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
-from codiemb.distributed import agree, barrier, rank, start, world_size
-from codiemb.encoder.model import check_weights, load_encoder, max_length, prompt, save_encoder
+from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
+from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
-from codiemb.files import nearest_folder, require_folder
+from codiemb.files import nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
-from codiemb.training.trainer import (
-    JointTrainer,
-    checkpoint_bytes,
-    newest_checkpoint,
-    read_balance,
-    training_arguments,
-)
+from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
+from codiemb.training.facts import facts_of, require_same_run
+from codiemb.training.stop import StopOnSignal
+from codiemb.training.trainer import JointTrainer, checkpoint_bytes, training_arguments
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -53,7 +49,6 @@ RUN_FILES = (
     "fused",
     "eval",
     "report.html",
-    ".writing",
 )
 
 
@@ -111,52 +106,50 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
     Args:
         config: from `load_config`.
-        resume: go on from the newest complete checkpoint in `output_dir`.
+        resume: go on from the newest complete checkpoint in `output_dir`; from the beginning if the run was stopped
+            before its first.
         overwrite: remove an earlier run in `output_dir` first.
 
     Raises:
-        CodiembError: a mistake in the input; nothing has been written then.
+        CodiembError: a mistake in the input, and nothing has been written; or no room is left on the disk.
+        Stopped: SIGTERM or SIGINT; while training, after a checkpoint.
     """
     run = Path(config.output_dir)
-    checkpoint = _look_at_run_folder(config, resume, overwrite)
     start(config.train.ddp_timeout)
-    prepared = prepare(config)
-    encoder, suite = prepared.encoder, prepared.suite
-    if checkpoint is not None:
-        _require_same_data(prepared.report, run / "plan.json")
-    _require_disk(run, encoder, config)
-    agree(_facts(prepared), "before the first step")
-    trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, [])
-    if config.evaluation.every_steps and suite:
-        trainer.add_callback(_EvaluateDuring(trainer, suite, config.evaluation.every_steps))
+    with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING):
+        checkpoint, passed_over = on_first(lambda: _look_at_run_folder(config, resume, overwrite))
+        prepared = prepare(config)
+        encoder, suite = prepared.encoder, prepared.suite
+        facts = facts_of(config, prepared.records, encoder)
+        if checkpoint is not None:
+            require_same_run(checkpoint, facts, str(run / "config.yaml"))
+        _require_disk(run, encoder, config)
+        agree({**facts, **{f"version of {name}": found for name, found in versions().items()}}, "before the first step")
+        trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop])
+        if config.evaluation.every_steps and suite:
+            trainer.add_callback(_EvaluateDuring(trainer, suite, config.evaluation.every_steps))
 
-    logger.info(prepared.report.text())
-    logger.info(_settings_text(prepared, trainer))
-    if rank() == 0:
-        _start_run_folder(run, overwrite, prepared, trainer)
-    barrier()
+        logger.info(prepared.report.text())
+        logger.info(_settings_text(prepared, trainer))
+        if rank() == 0:
+            _start_run_folder(run, overwrite, prepared, trainer)
+        barrier()
 
-    base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
-    if checkpoint:
-        logger.info(f"resuming from {checkpoint}")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except KeyboardInterrupt:
-        last = newest_checkpoint(run)
-        kept = (
-            f"the last complete checkpoint is {last}; go on with --resume" if last else "no checkpoint was written yet"
-        )
-        raise KeyboardInterrupt(kept) from None
-    finally:
-        trainer.step_log.close()
-    writing = run / ".writing"
-    if rank() == 0:
-        save_encoder(encoder, writing)
-    trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
-    if rank() == 0:
-        write_card(writing, prepared.config, prepared.report, base, trained, suite)
-        os.replace(writing, run / "model")
-    barrier()
+        base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
+        if resume:
+            logger.info("\n".join([*passed_over, _resuming_text(run, checkpoint)]))
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        finally:
+            trainer.step_log.close()
+        stop.raise_if_asked()
+        if rank() == 0:
+            save_encoder(encoder, run / WRITING)
+        trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
+        if rank() == 0:
+            write_card(run / WRITING, prepared.config, prepared.report, base, trained, suite)
+            publish(run / WRITING, run / "model")
+        barrier()
     return TrainResult(run / "model", base, trained, suite)
 
 
@@ -194,8 +187,8 @@ def results_table(result: TrainResult) -> str:
     return "\n".join(lines)
 
 
-def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> Path | None:
-    """The checkpoint to resume from, or None."""
+def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, or None; and what is wrong with those that are passed over."""
     run = Path(config.output_dir)
     require_folder("output_dir", run)
     if overwrite and resume:
@@ -203,7 +196,7 @@ def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> Path |
             "--resume --overwrite", got="both", expected="one of them, because the second removes the run"
         )
     if overwrite:
-        return None
+        return None, []
     if (run / "model").exists():
         raise ConfigError(
             f"output_dir {run}",
@@ -211,49 +204,34 @@ def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> Path |
             expected="a new folder",
             fix="change output_dir or add --overwrite",
         )
-    checkpoint = newest_checkpoint(run)
-    if resume and checkpoint is None:
-        raise CheckpointError(
-            f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume"
-        )
-    if checkpoint is not None and not resume:
+    if resume:
+        if not checkpoints(run) and not (run / "config.yaml").exists():
+            raise CheckpointError(
+                f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume"
+            )
+        return newest_whole(run)
+    if unfinished := checkpoints(run):
         raise ConfigError(
             f"output_dir {run}",
-            got=f"an unfinished run ({checkpoint.name})",
+            got=f"an unfinished run ({unfinished[0].name})",
             expected="a new folder",
             fix="add --resume to go on or --overwrite to start again",
         )
-    if checkpoint is not None:
-        check_weights(checkpoint)
-        if config.losses.balance != "none":
-            read_balance(checkpoint)
-        _require_same(config, run / "config.yaml")
-    return checkpoint
+    return None, []
 
 
-def _require_same(config: Config, file: Path) -> None:
-    """Refuses to go on with a run under other settings: its plan and its schedule would be another's."""
-    started, now = used_settings(load_config(file)), used_settings(config)
-    if different := [section for section in now if now[section] != started[section]]:
-        raise ConfigError(
-            f"--resume, {', '.join(different)}",
-            got="other settings than the run was started with",
-            expected=f"those in {file}",
-            fix=f"resume with them (codiemb train {file} --resume), or start a new run",
+def _resuming_text(run: Path, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return f"nothing to resume from: {run} was stopped before its first checkpoint; starting from the beginning"
+    text = f"resuming from {checkpoint.path}"
+    if checkpoint.world_size != world_size():
+        text += f", written by {checkpoint.world_size} process(es): the same plan goes on on {world_size()}"
+    now = versions()
+    if changed := [name for name, version in checkpoint.versions.items() if now.get(name) != version]:
+        text += "; other versions than it was written with, so roundings may differ: " + ", ".join(
+            f"{name} {now.get(name, 'absent')} (was {checkpoint.versions[name]})" for name in changed
         )
-
-
-def _require_same_data(report: Report, file: Path) -> None:
-    """Refuses to go on when the sources hold other rows: the steps left would not be the ones that were planned."""
-    planned, now = json.loads(file.read_text(encoding="utf-8"))["sources"], report.content["sources"]
-    for name, facts in now.items():
-        if facts["rows"] != planned[name]["rows"] or facts["rows_used"] != planned[name]["rows_used"]:
-            raise DataError(
-                f"--resume, source {name!r}",
-                got=f"{facts['rows_used']} usable rows of {facts['rows']}",
-                expected=f"{planned[name]['rows_used']} of {planned[name]['rows']}, as when the run was started",
-                fix="bring the old file back, or start a new run",
-            )
+    return text
 
 
 def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
@@ -262,7 +240,7 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
             shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-    shutil.rmtree(run / ".writing", ignore_errors=True)  # of a save that was cut off
+    clean(run)
     run.mkdir(parents=True, exist_ok=True)
     environment = {
         "versions": versions(),
@@ -275,9 +253,9 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
         "bf16": trainer.args.bf16,
         "seed": prepared.config.seed,
     }
-    _write(run / "config.yaml", dump_config(prepared.config))
-    _write(run / "plan.json", json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n")
-    _write(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_whole(run / "config.yaml", dump_config(prepared.config))
+    write_whole(run / "plan.json", json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n")
+    write_whole(run / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
@@ -309,22 +287,6 @@ class _EvaluateDuring(TrainerCallback):
             self.trainer.step_log.restart_clock()
 
 
-def _facts(prepared: Prepared) -> dict[str, str | int]:
-    """What all ranks must hold alike: every setting, the data, the libraries."""
-    facts: dict[str, str | int] = {f"version of {name}": str(version) for name, version in versions().items()}
-    facts |= {f"data of source {name!r}": records.digest() for name, records in prepared.records.items()}
-
-    def flatten(value: Any, key: str) -> None:
-        if isinstance(value, dict | list) and value:
-            for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
-                flatten(inner, f"{key}.{name}" if key else str(name))
-        elif not key.endswith("path") and key not in ("data_root", "output_dir", "model.base", "evaluation.suite"):
-            facts[key] = str(value)
-
-    flatten(prepared.config.model_dump(mode="json"), "")
-    return facts
-
-
 def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
     """Refuses a run whose checkpoints cannot be written."""
     free = shutil.disk_usage(nearest_folder(run)).free
@@ -337,9 +299,3 @@ def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> No
             expected=f"at least {needed / 1e9:.2f} GB for a checkpoint and the model",
             fix="free some disk or choose another output_dir",
         )
-
-
-def _write(path: Path, content: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from codiemb.batching.loader import StepLoader, StepReader
 from codiemb.batching.plan import Plan
@@ -22,9 +19,11 @@ from codiemb.config import Config
 from codiemb.data.store import Records
 from codiemb.distributed import agree, barrier, rank, world_size
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
-from codiemb.errors import CheckpointError, ConfigError
+from codiemb.errors import ConfigError
+from codiemb.training import checkpoint
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
+from codiemb.versions import versions
 
 BALANCE_FILE = "balance.json"
 _SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing", "rank_check_steps"}
@@ -38,6 +37,7 @@ class JointTrainer(Trainer):
         config: the resolved configuration.
         plan: the global batches.
         records: the data by source name.
+        facts: what the run is, for the manifest of its checkpoints.
         callbacks: further callbacks of the Trainer.
     """
 
@@ -47,6 +47,7 @@ class JointTrainer(Trainer):
         config: Config,
         plan: Plan,
         records: dict[str, Records],
+        facts: dict[str, str],
         callbacks: list[TrainerCallback],
     ) -> None:
         arguments = training_arguments(config, encoder.device)
@@ -60,6 +61,7 @@ class JointTrainer(Trainer):
         super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
+        self.facts = facts
         self.rank_check_steps = config.train.rank_check_steps
 
     def get_train_dataloader(self) -> StepLoader:
@@ -82,32 +84,29 @@ class JointTrainer(Trainer):
             (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Written under a temporary name, then renamed: a folder named checkpoint-<step> is always complete."""
+        """Written under a temporary name, sealed, then renamed: see `codiemb.training.checkpoint`."""
         run = Path(str(self.args.output_dir))
-        writing = run / ".writing"
-        name = f"checkpoint-{self.state.global_step}"
+        written = run / checkpoint.WRITING / f"checkpoint-{self.state.global_step}"
         self.step_log.write()
-        self.args.output_dir = str(writing)
+        self.args.output_dir = str(written.parent)
         try:
             super()._save_checkpoint(model, trial)
-        except OSError as error:
-            raise CheckpointError(
-                f"{run / name}", got=error, expected="a checkpoint written", fix="free some disk"
-            ) from error
         finally:
             self.args.output_dir = str(run)
-            barrier()
+        barrier()
         if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(writing / name, run / name)
-            shutil.rmtree(writing)
-            rotate_checkpoints(str(run), save_total_limit=self.args.save_total_limit, use_mtime=False)
+            step = self.state.global_step
+            checkpoint.seal(written, step=step, world_size=world_size(), facts=self.facts, versions=versions())
+            checkpoint.replace(written, run / written.name)
+            checkpoint.clean(run)
+            checkpoint.keep_newest(run, self.args.save_total_limit, run / written.name)
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
         if self.joint.balance is not None:
-            self.joint.balance.means = read_balance(Path(resume_from_checkpoint))
+            content = json.loads((Path(resume_from_checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
+            self.joint.balance.means = {name: torch.tensor(mean) for name, mean in content.items()}
 
 
 def training_arguments(config: Config, device: torch.device) -> TrainingArguments:
@@ -146,34 +145,6 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The complete checkpoint with the most steps."""
-    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def read_balance(checkpoint: Path) -> dict[str, Tensor]:
-    """The running sizes of the loss parts that a checkpoint holds, as `RunningScale` keeps them.
-
-    Raises:
-        CheckpointError: no such file, or no sizes in it.
-    """
-    file = checkpoint / BALANCE_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        means = {name: torch.tensor([float(count), float(mean)]) for name, (count, mean) in content.items()}
-        if not all(bool((mean.isfinite() & (mean >= 0)).all()) for mean in means.values()):
-            raise ValueError("a size that is negative or not finite")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"file {file}",
-            got="nothing there" if isinstance(error, FileNotFoundError) else error,
-            expected="the size of each loss part, because losses.balance is on",
-            fix="resume from an earlier checkpoint (remove this one), or start a new run",
-        ) from None
-    return means
 
 
 def checkpoint_bytes(encoder: SentenceTransformer) -> int:

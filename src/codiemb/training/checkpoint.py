@@ -1,0 +1,148 @@
+"""Checkpoints that are whole or absent, and which of them a run goes on from.
+
+A checkpoint is written as `.writing/checkpoint-<step>`. Its last file is the manifest: step, number of processes, what
+the run was (settings, data, base model, versions), and the size and SHA-256 of every other file. Only then is the
+folder brought to the disk and given its name. So a process that dies at any moment leaves the checkpoints it had, and a
+file that was cut or changed later is told from its manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from codiemb.errors import CheckpointError
+from codiemb.files import publish
+
+MANIFEST = "manifest.json"
+WRITING = ".writing"  # what is not finished; of a process that died if nobody writes there
+REMOVING = ".removing"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been verified.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        world_size: processes it was written by.
+        facts: what the run was, see `codiemb.training.facts`.
+        versions: of the libraries it was written with.
+    """
+
+    path: Path
+    step: int
+    world_size: int
+    facts: dict[str, str]
+    versions: dict[str, str]
+
+
+def seal(folder: Path, **what: Any) -> None:
+    """Writes the manifest of a finished folder; `what` are the fields of `Checkpoint` aside from the path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as threads:
+        hashes = list(threads.map(_sha256, files))
+    listed = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": found}
+        for path, found in zip(files, hashes, strict=True)
+    }
+    content = json.dumps({**what, "files": listed}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(content + "\n", encoding="utf-8")
+
+
+def verify(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`; every file is read and compared with the manifest.
+
+    Raises:
+        CheckpointError: no manifest, or a file that is missing, cut or changed.
+    """
+    manifest = folder / MANIFEST
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in content["files"].items()}
+        checkpoint = Checkpoint(
+            folder, content["step"], content["world_size"], dict(content["facts"]), dict(content["versions"])
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        got = "nothing there" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} ({error})"
+        raise _damaged(manifest, got, "the manifest of a complete checkpoint") from None
+    for path, (size, _) in files.items():
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{size} bytes")
+    with ThreadPoolExecutor() as threads:
+        for path, found in zip(files, threads.map(_sha256, files), strict=True):
+            if found != files[path][1]:
+                raise _damaged(path, "another content", "what was written (SHA-256 in manifest.json)")
+    return checkpoint
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders checkpoint-<step> of a run, newest first; whether they are whole `verify` tells."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in run.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: -int(steps[path]))
+
+
+def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    faults: list[str] = []
+    for path in checkpoints(run):
+        try:
+            return verify(path), faults
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError(f"--resume {run}, no checkpoint is whole, the newest: {faults[0]}")
+    return None, faults
+
+
+def keep_newest(run: Path, limit: int | None, whole: Path) -> None:
+    """Removes the oldest checkpoints beyond `limit`; never `whole`, the one that was just written.
+
+    Newer ones than it are damaged: the run went on from before them. They are the first to go.
+    """
+    others = [path for path in checkpoints(run) if path != whole]
+    step = int(whole.name.removeprefix("checkpoint-"))
+    older = [path for path in others if int(path.name.removeprefix("checkpoint-")) < step]
+    for path in [] if limit is None else [path for path in others if path not in older[: limit - 1]]:
+        os.replace(path, run / REMOVING)  # a folder that is half gone bears no name of a checkpoint
+        shutil.rmtree(run / REMOVING)
+
+
+def clean(run: Path) -> None:
+    """Removes what a process that died has left half done."""
+    for name in (WRITING, REMOVING):
+        shutil.rmtree(run / name, ignore_errors=True)
+
+
+def replace(written: Path, final: Path) -> None:
+    """Publishes a sealed checkpoint, in the place of a damaged one of the same step if there is one."""
+    if final.exists():
+        os.replace(final, final.parent / REMOVING)
+        shutil.rmtree(final.parent / REMOVING)
+    publish(written, final)
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+def _damaged(path: Path, got: str, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"file {path}", got=got, expected=expected, fix="bring the file back, or remove this checkpoint"
+    )

@@ -1,0 +1,74 @@
+"""SIGTERM and SIGINT (Ctrl-C) end a run after the step in hand, with a checkpoint.
+
+Schedulers send SIGTERM some time before they kill. All ranks agree on the step after which they stop, whichever of them
+got the signal. A second Ctrl-C stops at once; so does any signal while nothing is trained, when nothing can be lost.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from codiemb.distributed import highest
+from codiemb.errors import Stopped
+from codiemb.training.checkpoint import checkpoints
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopOnSignal(TrainerCallback):
+    """Inside `with`, signals are taken; while the Trainer trains, they end it after the step in hand.
+
+    Args:
+        run: the run folder, to say how to go on.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.training = False
+        self.asked = self.agreed = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+            self.before = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        impatient = number == signal.SIGINT and self.asked == signal.SIGINT
+        if impatient or not self.training:
+            raise Stopped(number, self._how_to_go_on())
+        self.asked = self.asked or number
+
+    def raise_if_asked(self) -> None:
+        """Ends the run if its training was ended by a signal.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        if self.agreed:
+            raise Stopped(self.agreed, self._how_to_go_on())
+
+    def _how_to_go_on(self) -> str:
+        written = checkpoints(self.run)
+        return f"the newest checkpoint is {written[0]}; go on with --resume" if written else "no checkpoint was written"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agreed = highest(self.asked)
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.training = False
