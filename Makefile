@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check chaos bench clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned, so that nothing else pulls a build with GPU libraries onto a machine without one.
@@ -25,9 +25,14 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+chaos: install
+	$(BIN)/python benchmarks/chaos.py
+
 bench: install
 	$(BIN)/python benchmarks/check_million.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/door.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:
 	rm -rf .venv

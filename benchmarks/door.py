@@ -1,10 +1,10 @@
-"""Two processes, retrieval with candidates from both, and similarity: sentence-transformers alone, then with our parts.
+"""Two processes, retrieval with candidates from both, and similarity: sentence-transformers, with our parts, and ours.
 
     python benchmarks/door.py [--limit 60]
 
-Both runs use `SentenceTransformerTrainer`, the same data and a tiny random BERT on the processor. sentence-transformers
-alone stands still, under either of its samplers, as soon as the two processes are in different data sets; it is ended
-after `--limit` seconds. Prints one JSON line.
+All runs have the same data and a tiny random BERT on the processor. sentence-transformers alone stands still, under
+either of its samplers, as soon as the two processes are in different data sets; it is ended after `--limit` seconds.
+`SameDatasetBatchSampler` and our losses in its trainer finish, and so does `codiemb train`. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import yaml
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.modules import Transformer
@@ -48,7 +49,11 @@ def main() -> None:
     if arguments.worker:
         train(arguments.worker)
         return
-    results = {variant: run(variant, arguments.limit) for variant in VARIANTS}
+    results = {variant: run([str(HERE), "--worker", variant], arguments.limit) for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_config(Path(folder))
+        results["codiemb train"] = run(["-m", "codiemb", "train", str(config)], arguments.limit)
+        results["codiemb train"]["steps"] = len((config.parent / "run" / "metrics.jsonl").read_text().splitlines())
     machine = {"cores": os.cpu_count(), "machine": platform.machine()}
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE.parent
@@ -57,13 +62,13 @@ def main() -> None:
     print(json.dumps({**facts, **machine, "versions": versions(), "commit": commit}))
 
 
-def run(variant: str, limit: float) -> dict[str, object]:
-    """How the variant ended, whether both processes began to train, the steps of the first and the seconds taken."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE)]
+def run(script: list[str], limit: float) -> dict[str, object]:
+    """How two processes of a script ended, whether both of our trainers began, their steps, and the seconds taken."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [*command, "--worker", variant],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -141,6 +146,31 @@ def data() -> dict[str, Dataset]:
         "score": [n % 5 / 4 for n in range(64)],
     }
     return {"search": Dataset.from_dict(search), "pairs": Dataset.from_dict(pairs)}
+
+
+def write_config(folder: Path) -> Path:
+    """The same data, batches and model for `codiemb train`."""
+    rows = data()
+    lists = [{"query": row["query"], "positives": [row["positive"]]} for row in rows["search"]]
+    pairs = [
+        {"query": row["sentence1"], "positives": [row["sentence2"]], "positive_scores": [row["score"]]}
+        for row in rows["pairs"]
+    ]
+    for name, records in (("search", lists), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    tiny_model(str(folder / "parts")).save(str(folder / "base"), create_model_card=False)
+    config = {
+        "output_dir": str(folder / "run"),
+        "model": {"base": "base"},
+        "data": [
+            {"name": "search", "task": "retrieval", "path": "search.jsonl"},
+            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
+        ],
+        "batching": {"retrieval": {"batch_size": 16}, "similarity": {"batch_size": 8}},
+        "train": {"save_strategy": "no"},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder / "config.yaml"
 
 
 def tiny_model(folder: str) -> SentenceTransformer:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "recipes" / "cluster"
 PROGRAMS = {
     "torchrun": 'printf "%s\\0" "$@" >> "$CALLS"; printf "\\0" >> "$CALLS"',
-    "scontrol": "[ \"$*\" = 'show hostnames node[7-8]' ] && printf 'node7\\nnode8\\n'",
+    "scontrol": '[ "$*" = \'show hostnames node[7-8]\' ] && printf \'node7\\nnode8\\n\' || echo "$*" >> "$CALLS"',
     "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift; for n in 0 1; do SLURM_NODEID=$n "$@" || exit; done',
 }
 
@@ -28,9 +28,7 @@ PROGRAMS = {
 @pytest.fixture
 def cluster(tmp_path):
     """Runs a script among the programs above; the commands that torchrun got."""
-    for name, body in PROGRAMS.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+    write_programs(tmp_path, PROGRAMS)
 
     def run(*command, **environment):
         (tmp_path / "calls").unlink(missing_ok=True)
@@ -39,6 +37,12 @@ def cluster(tmp_path):
         return [call.split("\0") for call in (tmp_path / "calls").read_text().removesuffix("\0\0").split("\0\0")]
 
     return run
+
+
+def write_programs(folder, programs):
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
 
 
 def parsed(command):
@@ -91,6 +95,19 @@ def test_a_script_resumes_where_there_is_a_checkpoint(name, cluster, tmp_path):
     (tmp_path / "run" / "checkpoint-200").mkdir(parents=True)
     calls = [parsed(call) for call in SCRIPTS[name][0](cluster, tmp_path / "run")]
     assert [ours.resume for _, ours in calls] == [True, True]
+
+
+def test_slurm_passes_its_signal_on_and_queues_the_job_again(tmp_path):
+    """The job step sends the signal that SLURM would send to the batch script, and ends when it gets it itself."""
+    programs = PROGRAMS | {
+        "srun": "trap 'echo step got TERM >> $CALLS; exit 1' TERM\nkill -TERM $PPID\nsleep 60 & wait"
+    }
+    write_programs(tmp_path, programs)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    names = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "31"}
+    script = [str(CLUSTER / "slurm.sh"), "joint.yaml", str(tmp_path / "run")]
+    subprocess.run(["bash", *script], timeout=30, env={"PATH": path, "CALLS": str(tmp_path / "calls"), **names})
+    assert (tmp_path / "calls").read_text().splitlines() == ["step got TERM", "requeue 31"]
 
 
 def test_the_manifest_is_consistent():

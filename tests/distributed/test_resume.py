@@ -1,0 +1,112 @@
+"""Two processes that are stopped or killed go on to the model of those that were not; on one process too."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.integration.test_train import PAIRS, RETRIEVAL, write_lines
+
+STEPS = 40
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_folder, tmp_path_factory):
+    """With a config, and the run that nobody stopped on two processes as `whole`; dropout on."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_lines(folder / "retrieval.jsonl", RETRIEVAL)
+    write_lines(folder / "pairs.jsonl", PAIRS)
+    content = {
+        "output_dir": "unused",
+        "model": {"base": str(tiny_model_folder), "dropout": {"hidden": 0.1, "attention": 0.1}},
+        "data": [
+            {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
+            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
+        ],
+        "batching": {"retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
+        "train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_steps": 5, "save_total_limit": 2, "bf16": False},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    assert start(folder, "whole", TORCHRUN).wait(300) == 0
+    return folder
+
+
+def start(folder, run, launcher, *arguments):
+    command = [sys.executable, *launcher, "-m", "codiemb", "train", str(folder / "config.yaml")]
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "CODIEMB_CACHE": str(folder / "cache")}
+    with (folder / f"{run}.txt").open("w") as said:
+        return psutil.Popen(
+            [*command, f"output_dir={folder / run}", *arguments],
+            stdout=said,
+            stderr=said,
+            env={**os.environ, **environment},
+        )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_same_run(folder, run, tolerance):
+    one, other = (load_file(folder / name / "model" / "model.safetensors") for name in ("whole", run))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert (other[name] - weight).abs().max() <= tolerance, name
+    steps = [json.loads(line)["step"] for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_killed_at_once_and_resumed_the_weights_are_the_same_to_the_last_bit(folder):
+    process = start(folder, "killed", TORCHRUN)
+    wait_for(folder / "killed" / "checkpoint-10", process)
+    for one in [process, *process.children(recursive=True)]:
+        one.kill()
+    process.wait()
+    assert not (folder / "killed" / "model").exists()
+    assert start(folder, "killed", TORCHRUN, "--resume").wait(300) == 0
+    assert_same_run(folder, "killed", tolerance=0)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(folder):
+    process = start(folder, "stopped", TORCHRUN)
+    wait_for(folder / "stopped" / "checkpoint-5", process)
+    ranks = [child for child in process.children() if "codiemb" in child.cmdline()]
+    ranks[-1].send_signal(signal.SIGTERM)
+    assert process.wait(120) != 0
+    said = (folder / "stopped.txt").read_text()
+    assert said.count("stopped by SIGTERM: the newest checkpoint is ") == 2, said
+    newest = max(int(path.name.removeprefix("checkpoint-")) for path in (folder / "stopped").glob("checkpoint-*"))
+    state = json.loads((folder / "stopped" / f"checkpoint-{newest}" / "trainer_state.json").read_text())
+    assert state["global_step"] == newest < STEPS
+    assert start(folder, "stopped", TORCHRUN, "--resume").wait(300) == 0
+    assert_same_run(folder, "stopped", tolerance=0)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_the_plan_of_two(folder):
+    """Without dropout, which is drawn by each process for its own rows."""
+    process = start(folder, "fewer", TORCHRUN, "model.dropout={hidden: 0, attention: 0}")
+    wait_for(folder / "fewer" / "checkpoint-10", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) != 0
+    settings = ("model.dropout={hidden: 0, attention: 0}", "--resume")
+    assert start(folder, "fewer", (), *settings).wait(300) == 0
+    assert "written by 2 process(es): the same plan goes on on 1" in (folder / "fewer.txt").read_text()
+    assert start(folder, "one", (), settings[0]).wait(300) == 0
+    one, other = (load_file(folder / name / "model" / "model.safetensors") for name in ("one", "fewer"))
+    assert max((other[name] - weight).abs().max() for name, weight in one.items()) <= 1e-5
+    whole = load_file(folder / "whole" / "model" / "model.safetensors")
+    assert max((whole[name] - weight).abs().max() for name, weight in one.items()) > 1e-3, "dropout makes a difference"
