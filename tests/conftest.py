@@ -74,3 +74,18 @@ def _letter_tokenizer():
         mask_token="[MASK]",
         model_max_length=64,
     )
+
+
+def peft_missing() -> str:
+    """Why adapters cannot be tested here, or nothing."""
+    from codiemb.encoder.adapters import require_peft
+    from codiemb.errors import ConfigError
+
+    try:
+        require_peft()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+needs_peft = pytest.mark.skipif(bool(peft_missing()), reason=peft_missing())

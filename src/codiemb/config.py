@@ -48,11 +48,32 @@ class Dropout(Section):
     attention: Fraction | None = 0.0
 
 
+class Lora(Section):
+    """Train low-rank adapters instead of the weights they stand beside (Hu et al., 2022).
+
+    `target_modules`: names of linear modules, `all-linear`, or null for what peft takes for this architecture.
+    """
+
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] | None = None
+
+
+class Head(Section):
+    """Append a linear layer of `dim` outputs that starts as the identity."""
+
+    dim: Positive
+
+
 class ModelSection(Section):
     base: str
     max_length: MaxLength = MaxLength()
     prompts: Prompts = Prompts()
     dropout: Dropout = Dropout()
+    lora: Lora | None = None
+    head: Head | None = None
+    freeze_backbone: bool = False
 
 
 class Source(Section):
@@ -239,9 +260,36 @@ class Config(Section):
             for task in {source.task for source in self.data}
         ):
             faults.append("losses.<task>.weight: got 0 for every source that counts, expected one above 0")
+        faults += self._partly_trained()
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    def _partly_trained(self) -> list[str]:
+        """Faults of settings that leave nothing to train, or ask for what a frozen backbone cannot give."""
+        model, faults = self.model, []
+        if model.freeze_backbone:
+            if model.lora:
+                faults.append("model.freeze_backbone: got true with model.lora, expected one of them")
+            elif not model.head:
+                faults.append("model.freeze_backbone: got true without model.head, expected a head to be trained")
+            if self.train.gradient_checkpointing:
+                faults.append(
+                    "train.gradient_checkpointing: got true with model.freeze_backbone, expected false, because a "
+                    "frozen backbone keeps nothing for the backward pass"
+                )
+            faults += [
+                f"losses.{task}.mid_nce: got {getattr(self.losses, task).mid_nce:g} with model.freeze_backbone, "
+                "expected 0, because the middle layer is not trained"
+                for task in sorted({source.task for source in self.data if TASKS[source.task].shape == "pairs"})
+                if getattr(self.losses, task).mid_nce
+            ]
+        if model.head and self.losses.matryoshka and max(self.losses.matryoshka.dims) > model.head.dim:
+            faults.append(
+                f"losses.matryoshka.dims: got {max(self.losses.matryoshka.dims)}, expected at most {model.head.dim}, "
+                "which is model.head.dim"
+            )
+        return faults
 
 
 class DataSet(Source):

@@ -10,6 +10,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "sentence-transformers",
+    "peft",
     "datasets",
     "numpy",
     "scipy",

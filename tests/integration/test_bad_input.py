@@ -17,6 +17,7 @@ import zstandard
 from safetensors.torch import load_file, save_file
 
 from codiemb import cli
+from tests.conftest import needs_peft
 from tests.integration.conftest import PAIRS, QUERIES
 
 LONG = "x" * 300_000
@@ -104,6 +105,26 @@ SETTINGS = {
         {"losses.matryoshka": {"dims": [8, 4], "weights": [1]}},
         ["losses.matryoshka", "one weight for each of the 2 dims"],
     ),
+    "rank of nothing": ({"model.lora": {"r": 0}}, ["model.lora.r: got 0"]),
+    "modules as a word": ({"model.lora": {"target_modules": "all"}}, ["target_modules: got 'all'", "'all-linear'"]),
+    "no module": ({"model.lora": {"target_modules": []}}, ["target_modules: got []", "at least 1"]),
+    "nothing left to train, and more": (
+        {"model.freeze_backbone": True, "train.gradient_checkpointing": True},
+        [
+            "model.freeze_backbone: got true without model.head",
+            "train.gradient_checkpointing: got true with model.freeze_backbone",
+            "losses.similarity.mid_nce: got 1 with model.freeze_backbone, expected 0",
+        ],
+    ),
+    "frozen and adapted": (
+        {"model.freeze_backbone": True, "model.lora": {}},
+        ["model.freeze_backbone: got true with model.lora"],
+    ),
+    "head larger than the base": ({"model.head": {"dim": 9}}, ["model.head.dim: got 9", "at most 8"]),
+    "prefix longer than the head": (
+        {"model.head": {"dim": 4}, "losses.matryoshka": {"dims": [8, 4]}},
+        ["losses.matryoshka.dims: got 8", "at most 4", "model.head.dim"],
+    ),
     "unknown loss": ({"losses.similarity.cosnet": 1}, ["losses.similarity.cosnet", "did you mean 'cosent'?"]),
     "unknown task": ({"data.0.task": "retreival"}, ["data.0.task: got 'retreival'", "'retrieval'"]),
     "name with a slash": ({"data.0.name": "../x"}, ["data.0.name: got '../x'"]),
@@ -137,6 +158,23 @@ def test_setting(workplace, case):
     for key, value in settings.items():
         put(workplace.config, key, value)
     workplace.refused(*words)
+
+
+@pytest.mark.parametrize("reason", ["PEFT is not installed", "use a version >= 0.99"])
+def test_adapters_without_a_peft_that_fits(workplace, monkeypatch, reason):
+    def refuse(min_version):
+        raise ValueError(reason)
+
+    monkeypatch.setattr("codiemb.encoder.adapters.check_peft_version", refuse)
+    workplace.config["model"]["lora"] = {}
+    workplace.refused("model.lora: got", reason, "pip install 'codiemb[lora]'")
+
+
+@needs_peft
+@pytest.mark.parametrize("modules", [["nope"], ["LayerNorm"]])
+def test_adapters_of_modules_that_cannot_have_them(workplace, modules):
+    workplace.config["model"]["lora"] = {"target_modules": modules}
+    workplace.refused("model.lora: got", modules[0], "target_modules")
 
 
 OVERRIDES = {

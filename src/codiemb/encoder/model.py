@@ -21,6 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig
 
 from codiemb.config import ROLES, ModelSection, Role
+from codiemb.encoder.adapters import adapt, has_adapters, require_peft
 from codiemb.errors import CheckpointError
 
 ROLE_FILE = "codiemb.json"
@@ -39,11 +40,14 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.onnx")
 
 
 def load_encoder(settings: ModelSection, device: str | None = None) -> SentenceTransformer:
-    """The base model of a config in float32, with its prompts, lengths and dropout.
+    """The base model of a config in float32, with its prompts, lengths, dropout, adapters and head.
 
     Raises:
         CheckpointError: no such model, no weights, a broken tokenizer or hidden size.
+        ConfigError: adapters or a head that it cannot have.
     """
+    if settings.lora:
+        require_peft()
     path = locate(settings.base)
     encoder = open_model(path, _dropout(path, settings), device=device, dtype=torch.float32)
     given = {role: getattr(settings.prompts, role) for role in ROLES}
@@ -63,6 +67,7 @@ def load_encoder(settings: ModelSection, device: str | None = None) -> SentenceT
                 fix="lower it",
             )
     set_lengths(encoder, {role: length for role, length in lengths.items() if length is not None})
+    adapt(encoder, settings)
     return encoder
 
 
@@ -242,7 +247,7 @@ def _check_loaded(encoder: SentenceTransformer, path: str) -> None:
     A missing pooler is usual and harmless. transformers marks each parameter it has loaded; adapters are not marked.
     """
     model = encoder[0].model if isinstance(encoder[0], Transformer) else None
-    if model is None or getattr(model, "_hf_peft_config_loaded", False):
+    if model is None or has_adapters(encoder):
         return
     loaded = {name: getattr(weight, "_is_hf_initialized", False) for name, weight in model.named_parameters()}
     missing = [name for name, is_loaded in loaded.items() if not is_loaded and "pooler" not in name]
@@ -299,6 +304,8 @@ def _dropout(path: str, settings: ModelSection) -> dict[str, float]:
         str(file.parent) for file in Path(path).glob("0_*/config.json")
     ]  # where older folders keep the transformer
     try:
+        if (adapters := Path(path) / "adapter_config.json").is_file():
+            path = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
         config = AutoConfig.from_pretrained((inner or [path])[0])
     except Exception:  # transformers raises many kinds
         return {}  # not a transformers folder, or a broken one: open_model says which

@@ -25,6 +25,7 @@ from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
+from codiemb.encoder.adapters import merge_adapters, without_head
 from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
@@ -34,7 +35,7 @@ from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import facts_of, require_same_run
 from codiemb.training.stop import StopOnSignal
-from codiemb.training.trainer import JointTrainer, checkpoint_bytes, training_arguments
+from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             _start_run_folder(run, overwrite, prepared, trainer)
         barrier()
 
-        base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
+        with without_head(encoder, config.model):
+            base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
         if resume:
             logger.info("\n".join([*passed_over, _resuming_text(run, checkpoint)]))
         try:
@@ -143,6 +145,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         finally:
             trainer.step_log.close()
         stop.raise_if_asked()
+        merge_adapters(encoder)
         if rank() == 0:
             save_encoder(encoder, run / WRITING)
         trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
@@ -261,8 +264,10 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
 def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
     config = getattr(prepared.encoder[0], "config", None)
     dropout = {name: value for name, value in vars(config).items() if "drop" in name} if config is not None else {}
+    parameters = list(prepared.encoder.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     return (
-        f"\nmodel {prepared.config.model.base}, {sum(p.numel() for p in prepared.encoder.parameters()):,} parameters, "
+        f"\nmodel {prepared.config.model.base}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained\n"
         f"{trainer.args.device}, {'bf16' if trainer.args.bf16 else 'float32'}, {world_size()} process(es)\n"
         f"dropout {', '.join(f'{name} {value}' for name, value in dropout.items()) or 'none'}\n"
     )
@@ -290,8 +295,7 @@ class _EvaluateDuring(TrainerCallback):
 def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
     """Refuses a run whose checkpoints cannot be written."""
     free = shutil.disk_usage(nearest_folder(run)).free
-    checkpoints = 0 if config.train.save_strategy == "no" else 1
-    needed = checkpoint_bytes(encoder) * (checkpoints + 1)
+    needed = model_bytes(encoder) + (0 if config.train.save_strategy == "no" else checkpoint_bytes(encoder))
     if free < needed:
         raise CheckpointError(
             f"output_dir {run}",

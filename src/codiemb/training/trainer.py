@@ -18,6 +18,7 @@ from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
 from codiemb.distributed import agree, barrier, rank, world_size
+from codiemb.encoder.adapters import has_adapters
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import ConfigError
 from codiemb.training import checkpoint
@@ -148,7 +149,11 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
 
 
 def checkpoint_bytes(encoder: SentenceTransformer) -> int:
-    """Disk a resumable checkpoint takes: the weights, and two moments of each trained one."""
-    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    moments = sum(2 * p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad)
-    return weights + moments
+    """Disk a resumable checkpoint takes: the weights (adapters: they alone), and two moments of each trained one."""
+    trained = model_bytes(encoder, trained_only=True)
+    return 2 * trained + (trained if has_adapters(encoder) else model_bytes(encoder))
+
+
+def model_bytes(encoder: SentenceTransformer, trained_only: bool = False) -> int:
+    """Disk the weights take."""
+    return sum(p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad or not trained_only)
