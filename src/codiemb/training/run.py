@@ -264,10 +264,10 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
 def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
     config = getattr(prepared.encoder[0], "config", None)
     dropout = {name: value for name, value in vars(config).items() if "drop" in name} if config is not None else {}
-    parameters = list(prepared.encoder.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    parameters = sum(p.numel() for p in prepared.encoder.parameters())
+    trained = sum(p.numel() for p in prepared.encoder.parameters() if p.requires_grad)
     return (
-        f"\nmodel {prepared.config.model.base}, {sum(p.numel() for p in parameters):,} parameters, {trained:,} trained\n"
+        f"\nmodel {prepared.config.model.base}, {parameters:,} parameters, {trained:,} of them trained\n"
         f"{trainer.args.device}, {'bf16' if trainer.args.bf16 else 'float32'}, {world_size()} process(es)\n"
         f"dropout {', '.join(f'{name} {value}' for name, value in dropout.items()) or 'none'}\n"
     )
