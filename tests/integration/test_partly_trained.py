@@ -99,7 +99,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
         original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(MetricsLog, "on_step_begin", stop)
-    with pytest.raises(KeyboardInterrupt, match="checkpoint-3"):
+    with pytest.raises(KeyboardInterrupt):
         train(load_config(config_file, part))
     monkeypatch.undo()
     train(load_config(config_file, part), resume=True)
