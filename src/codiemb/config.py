@@ -163,7 +163,7 @@ class Losses(_TaskLosses):
 
 
 class Train(Section):
-    """Names and meaning of Hugging Face's `TrainingArguments`; `rank_check_steps` is ours."""
+    """Names and meaning of Hugging Face's `TrainingArguments`; `memory_budget` and `rank_check_steps` are ours."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -177,6 +177,7 @@ class Train(Section):
     optim: str = "adamw_torch_fused"
     max_grad_norm: Weight = 1.0
     bf16: Literal["auto"] | bool = "auto"
+    memory_budget: Literal["auto"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "auto"
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
     rank_check_steps: Positive = 50

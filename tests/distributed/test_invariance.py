@@ -1,4 +1,4 @@
-"""The same run on 1, 2 and 4 processes makes the same model, and ranks that differ are told so."""
+"""The same run on 1, 2 and 4 processes makes the same model, cached or not, and ranks that differ are told so."""
 
 import json
 import os
@@ -12,7 +12,9 @@ from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config
 from codiemb.distributed import agree, finish
+from codiemb.encoder.memory import Footprint, Memory
 from codiemb.errors import DistributedError
+from codiemb.training import trainer
 from codiemb.training.run import train
 
 LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
@@ -28,6 +30,7 @@ PAIRS = [
     {"query": f"{LETTERS[n]} d", "positives": [f"{LETTERS[n]} {LETTERS[n % 5]}"], "positive_scores": [(n % 5) / 4]}
     for n in range(13)
 ]
+CACHED = Memory(8, Footprint(1, 0), 24)  # of one byte a token: a micro-batch of one short text is kept, others are not
 STEPS = 20
 VARIANTS = {
     "across devices": [],
@@ -63,8 +66,12 @@ def train_all(rank, world, config_file, port=0):
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
         os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
     for variant, overrides in VARIANTS.items():
-        out = config_file.parent / str(world) / variant
-        train(load_config(config_file, [f"output_dir={out}", *overrides]))
+        for cached in (False, True):
+            out = config_file.parent / f"{world}{' cached' * cached}" / variant
+            with pytest.MonkeyPatch.context() as patch:
+                if cached:
+                    patch.setattr(trainer, "plan_memory", lambda *arguments: CACHED)
+                train(load_config(config_file, [f"output_dir={out}", *overrides]))
     finish()
 
 
@@ -89,11 +96,11 @@ def metrics(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", ["2", "4", "1 cached", "2 cached", "4 cached"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_curve_and_weights_do_not_depend_on_the_number_of_processes(runs, variant, world):
-    one, several = runs / "1" / variant, runs / str(world) / variant
-    assert json.loads((several / "environment.json").read_text())["world_size"] == world
+    one, several = runs / "1" / variant, runs / world / variant
+    assert json.loads((several / "environment.json").read_text())["world_size"] == int(world[0])
     lines = list(zip(metrics(one), metrics(several), strict=True))
     assert len(lines) == STEPS
     for alone, shared in lines:

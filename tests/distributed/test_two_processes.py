@@ -1,4 +1,4 @@
-"""Two and four processes with a slice each give every gradient of one process on the whole batch."""
+"""Two and four processes with a slice each give every gradient of one process on the whole batch, cached or not."""
 
 import json
 
@@ -12,6 +12,7 @@ from codiemb.batching.loader import StepReader
 from codiemb.batching.plan import Batch, Plan, Step
 from codiemb.config import Batching, Losses, Source
 from codiemb.data.store import load_records
+from codiemb.encoder.memory import Footprint, Memory
 from codiemb.training.joint import JointModel
 
 WORLDS = (2, 4)
@@ -33,6 +34,8 @@ def step(**rows):
 RAGGED = step(queries=[4, 0, 2, 1, 3])
 STEPS = {  # what a step holds, and settings of the losses
     "ragged queries": (RAGGED, {}),
+    "one positive, no negatives": (RAGGED, {"drawn": {"positives": 1, "negatives": 0}}),
+    "all positives, four negatives": (RAGGED, {"drawn": {"positives": 3, "negatives": 4}}),
     "same slot": (RAGGED, {"candidates": "same_slot"}),
     "in chunks": (RAGGED, {"chunk_size": 3}),
     "hardness and margin": (RAGGED, {"hardness": 2, "false_negative_margin": 0.05}),
@@ -51,24 +54,34 @@ STEPS = {  # what a step holds, and settings of the losses
     "one query and all pairs": (step(queries=[2], pairs=[3, 0, 1, 2, 4]), {}),
     "all queries and one pair": (step(queries=[0, 1, 2, 3, 4], pairs=[3]), {"candidates": "same_slot"}),
 }
+TOKENS = 24  # of a micro-batch, so that there are several
+MEMORIES = {  # of one byte a token
+    "direct": None,
+    "the last micro-batch direct": Memory(TOKENS, Footprint(1, 0), TOKENS),
+    "cached": Memory(-1, Footprint(1, 0), TOKENS),
+}
 
 
-def loss_and_gradients(model_folder, data_folder, rank, world):
+def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", dropout=0.0):
     """By step: the loss, and the mean over ranks of every parameter's gradient, as DDP takes it."""
     torch.set_num_threads(1)
+    torch.manual_seed(rank)
     sources = [
         Source(name="queries", task="retrieval", path=str(data_folder / "queries.jsonl")),
         Source(name="pairs", task="similarity", path=str(data_folder / "pairs.jsonl")),
     ]
     records = {source.name: load_records(source) for source in sources}
-    encoder = SentenceTransformer(str(model_folder), device="cpu").train()  # its dropout is 0
+    encoder = SentenceTransformer(str(model_folder), device="cpu").train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
     lengths = {name: len(source) for name, source in records.items()}
     tasks = {source.name: source.task for source in sources}
-    plan = Plan(lengths, tasks, Batching(retrieval={"positives": 2, "negatives": 2}), seed=0)
-    reader = StepReader(plan, records, encoder, rank, world)
     results = {}
     for name, (taken, settings) in STEPS.items():
         settings = dict(settings)
+        drawn = Batching(retrieval=settings.pop("drawn", {"positives": 2, "negatives": 2}))
+        reader = StepReader(Plan(lengths, tasks, drawn, seed=0), records, encoder, rank, world, TOKENS)
         pairs = settings.pop("pairs", {"mid_nce_temperature": 0.5})
         prefixes = settings.pop("matryoshka", None)
         losses = Losses(
@@ -76,7 +89,7 @@ def loss_and_gradients(model_folder, data_folder, rank, world):
             similarity={"temperature": 0.5, **pairs},
             matryoshka=prefixes,
         )
-        model = JointModel(encoder, losses)
+        model = JointModel(encoder, losses, MEMORIES[memory])
         model.zero_grad(set_to_none=True)
         batches = reader[taken]["batches"]
         outputs = model(batches)
@@ -92,6 +105,8 @@ def loss_and_gradients(model_folder, data_folder, rank, world):
             "loss": loss.item(),
             "gradients": gradients,
             "rows": [batch["rows"] for batch in batches],
+            "micro_batches": sum(len(batch["micro_batches"]) for batch in batches),
+            "random": torch.rand(1).item(),
             "candidates": [float(one["candidates"] or 0) for one in outputs["objectives"]],
         }
     return results
@@ -100,33 +115,42 @@ def loss_and_gradients(model_folder, data_folder, rank, world):
 def run_rank(rank, world, model_folder, data_folder, out):
     meeting = f"file://{out / f'meeting-{world}'}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
-    torch.save(loss_and_gradients(model_folder, data_folder, rank, world), out / f"{rank}-of-{world}.pt")
+    for memory in MEMORIES:
+        found = loss_and_gradients(model_folder, data_folder, rank, world, memory)
+        torch.save(found, out / f"{memory} {rank}-of-{world}.pt")
     dist.destroy_process_group()
+
+
+def write_data(folder):
+    pairs = [{"query": left, "positives": [right], "positive_scores": [label]} for left, right, label in PAIRS]
+    for name, rows in (("queries", QUERIES), ("pairs", pairs)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def runs(tiny_model_folder, tmp_path_factory):
-    """By number of processes what each rank found, every step of `STEPS` each."""
+    """By number of processes and memory what each rank found, every step of `STEPS` each."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("out")
-    pairs = [{"query": left, "positives": [right], "positive_scores": [label]} for left, right, label in PAIRS]
-    for name, rows in (("queries", QUERIES), ("pairs", pairs)):
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_data(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
         one = loss_and_gradients(tiny_model_folder, data, 0, 1)  # also fills the cache of the others
-        found = {1: [one]}
+        found = {(1, "direct"): [one]}
         for world in WORLDS:
             torch.multiprocessing.spawn(run_rank, (world, tiny_model_folder, data, out), nprocs=world)
-            found[world] = [torch.load(out / f"{rank}-of-{world}.pt") for rank in range(world)]
+            for memory in MEMORIES:
+                files = [out / f"{memory} {rank}-of-{world}.pt" for rank in range(world)]
+                found[world, memory] = [torch.load(file) for file in files]
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("name", STEPS)
-def test_gradients_equal_those_of_one_process(runs, name, world):
+def test_gradients_equal_those_of_one_process(runs, name, memory, world):
     """To float32 rounding: 1e-6 of the step's largest gradient where that is above 1 (8.4 for the pairs), else 1e-6."""
-    one, ranks = runs[1][0][name], [run[name] for run in runs[world]]
+    one, ranks = runs[1, "direct"][0][name], [run[name] for run in runs[world, memory]]
     largest = {key: gradient.abs().max().item() for key, gradient in one["gradients"].items()}
     assert sum(value > 1e-3 for value in largest.values()) > 30, "zeros would be compared"
     atol = 1e-6 * max(1, *largest.values())
@@ -139,8 +163,8 @@ def test_gradients_equal_those_of_one_process(runs, name, world):
 @pytest.mark.slow
 def test_every_rank_has_its_own_rows(runs):
     """Without this both could have read the whole batch."""
-    rows = {name: [run[name]["rows"] for run in runs[2]] for name in STEPS}
+    rows = {name: [run[name]["rows"] for run in runs[2, "direct"]] for name in STEPS}
     assert sorted(rows["ragged queries"]) == [[2], [3]]
     assert sorted(rows["one query for all ranks"]) == [[0], [1]]
     assert sorted(rows["one query and all pairs"])[0][0] == 0
-    assert sorted(run["ragged queries"]["rows"] for run in runs[4]) == [[1], [1], [1], [2]]
+    assert sorted(run["ragged queries"]["rows"] for run in runs[4, "cached"]) == [[1], [1], [1], [2]]

@@ -62,16 +62,27 @@ class _StepSampler:
 
 
 class StepReader(Dataset):
-    """A step of the plan -> `{"batches": [token batch, ...]}` for one rank."""
+    """A step of the plan -> `{"batches": [token batch, ...]}` for one rank.
+
+    Args:
+        micro_batch_tokens: tokens of a micro-batch at most, padding included; None as `tokenize` chooses.
+    """
 
     def __init__(
-        self, plan: Plan, records: dict[str, Records], encoder: SentenceTransformer, rank: int, world: int
+        self,
+        plan: Plan,
+        records: dict[str, Records],
+        encoder: SentenceTransformer,
+        rank: int,
+        world: int,
+        micro_batch_tokens: int | None = None,
     ) -> None:
         self.plan = plan
         self.records = records
         self.encoder = encoder
         self.rank = rank
         self.world = world
+        self.micro_batch_tokens = micro_batch_tokens
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -88,7 +99,7 @@ class StepReader(Dataset):
         texts, tensors = self._lists(source, batch, places) if shape == "lists" else self._pairs(source, places)
         # A rank without rows still runs one text of the batch, so that it joins every exchange of gradients.
         spare = texts or [self._text(source, source.rows(batch.rows[:1])[0], 0)]
-        tokens = tokenize(self.encoder, spare)
+        tokens = tokenize(self.encoder, spare, self.micro_batch_tokens)
         return {
             "source": batch.source,
             "task": source.source.task,

@@ -4,6 +4,11 @@
 by length, and cuts into micro-batches of a token budget. `embed` runs them and puts the embeddings back in order. Both
 training and evaluation go this way.
 
+Cached gradients (GradCache, Gao et al., 2021): a loss needs all embeddings of a step at once, but the activations of a
+micro-batch only while the gradient passes through it. So `embed` can run micro-batches that keep nothing but their
+input, and run them again, with the same dropout, when the backward pass comes to them. It comes to the last one first
+and leaves it before it enters the one before. To autograd, and so to DDP, it is one forward and one backward pass.
+
 `encode` is for one process. Under torchrun, `encode_share` and `encode_on_all_ranks` are called by every rank with the
 same texts, and each encodes its share.
 """
@@ -20,6 +25,7 @@ from jaxtyping import Float, Int
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.model import hidden_states
@@ -61,9 +67,14 @@ class Embeddings(NamedTuple):
     middle: Float[Tensor, "text hidden"] | None
 
 
+def micro_batch_tokens(encoder: SentenceTransformer) -> int:
+    """Tokens of a micro-batch, padding included; more would only cost memory traffic."""
+    return 16384 if encoder.device.type == "cuda" else 2048
+
+
 def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | None = None) -> Tokens:
     """Tokens of `texts`, de-duplicated, sorted by length, in micro-batches of at most `budget` tokens with padding."""
-    budget = budget or (16384 if encoder.device.type == "cuda" else 2048)  # more only costs memory traffic
+    budget = budget or micro_batch_tokens(encoder)
     distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     groups: dict[tuple[str, int | None], list[Text]] = {}
     for text in distinct:
@@ -87,21 +98,33 @@ def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | 
 
 
 def embed(
-    encoder: SentenceTransformer, micro_batches: list[Features], place: Tensor, middle: bool = False
+    encoder: SentenceTransformer,
+    micro_batches: list[Features],
+    place: Tensor,
+    middle: bool = False,
+    cached: int = 0,
 ) -> Embeddings:
     """Embeddings of tokenised texts, in the order asked for, float32; with gradient where it is enabled.
 
     Args:
         middle: also pool hidden_states[len // 2] of the same forward pass.
+        cached: so many micro-batches, from the first, keep no activations and run again in the backward pass. The
+            gradients are the same to the last bit.
     """
-    finals, middles = [], []
-    with hidden_states(encoder, middle):
-        for features in micro_batches:
+
+    def run(features: Features) -> tuple[Tensor, ...]:
+        with hidden_states(encoder, middle):
             output = encoder(dict(features))
-            finals.append(output["sentence_embedding"].float())
-            if middle:
-                middles.append(pool_middle(encoder, output).float())
-    return Embeddings(torch.cat(finals)[place], torch.cat(middles)[place] if middle else None)
+        final = output["sentence_embedding"].float()
+        return (final, pool_middle(encoder, output).float()) if middle else (final,)
+
+    rows = []
+    # Without early stop: no exception passes through the model's hooks, and there is nothing after pooling to save.
+    with set_checkpoint_early_stop(False):
+        for number, features in enumerate(micro_batches):
+            rows.append(checkpoint(run, features, use_reentrant=False) if number < cached else run(features))
+    final, *others = (torch.cat(column)[place] for column in zip(*rows, strict=True))
+    return Embeddings(final, others[0] if middle else None)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ and tasks a step holds.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from codiemb.config import Losses
 from codiemb.distributed import gathered, joined, scale_gradient, summed, world_size
-from codiemb.encoder.engine import embed
+from codiemb.encoder.engine import Features, embed
+from codiemb.encoder.memory import Memory
 from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
 from codiemb.losses.retrieval import Groups
 from codiemb.tasks import TASKS
@@ -27,14 +29,16 @@ class JointModel(nn.Module):
     Args:
         encoder: the model being trained.
         losses: the `losses` section.
+        memory: what a step may hold; None for all that it takes.
 
     Attributes:
         balance: running sizes of the loss parts, with `balance: magnitude`; part of a checkpoint.
     """
 
-    def __init__(self, encoder: SentenceTransformer, losses: Losses) -> None:
+    def __init__(self, encoder: SentenceTransformer, losses: Losses, memory: Memory | None = None) -> None:
         super().__init__()
         self.encoder = encoder
+        self.memory = memory
         self.losses = losses.model_dump()
         self.emphasis = {"lists": 2 * losses.emphasis, "pairs": 2 * (1 - losses.emphasis)}
         self.balance = RunningScale() if losses.balance == "magnitude" else None
@@ -42,8 +46,9 @@ class JointModel(nn.Module):
     def forward(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """The loss of a step (the sum over its batches), and the objective of each batch, detached."""
         scaled, seen = [], []
-        for batch in batches:
-            objective = _over_ranks(self._objective(batch))
+        cached = self._cached([batch["micro_batches"] for batch in batches])
+        for batch, first in zip(batches, cached, strict=True):
+            objective = _over_ranks(self._objective(batch, first))
             loss = (self.balance(batch["task"], objective) if self.balance else objective).loss
             scaled.append(loss * self.emphasis[TASKS[batch["task"]].shape])
             seen.append(
@@ -55,10 +60,19 @@ class JointModel(nn.Module):
             )
         return {"loss": scale_gradient(torch.stack(scaled).sum(), world_size()), "objectives": seen}
 
-    def _objective(self, batch: dict[str, Any]) -> Objective:
+    def _cached(self, micro_batches: list[list[Features]]) -> list[int]:
+        """For each batch, how many of its micro-batches run again in the backward pass: those of the step's first."""
+        left = 0 if self.memory is None else self.memory.cached(list(chain(*micro_batches)))
+        counts = []
+        for listed in micro_batches:
+            counts.append(min(left, len(listed)))
+            left -= counts[-1]
+        return counts
+
+    def _objective(self, batch: dict[str, Any], cached: int) -> Objective:
         shape, settings = TASKS[batch["task"]].shape, self.losses[batch["task"]]
         middle = shape == "pairs" and settings["mid_nce"] > 0
-        final, hidden = embed(self.encoder, batch["micro_batches"], batch["place"], middle)
+        final, hidden = embed(self.encoder, batch["micro_batches"], batch["place"], middle, cached)
         with torch.autocast(final.device.type, enabled=False):
             embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
             if prefixes := self.losses["matryoshka"]:

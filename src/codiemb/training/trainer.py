@@ -19,6 +19,7 @@ from codiemb.config import Config
 from codiemb.data.store import Records
 from codiemb.distributed import agree, barrier, rank, world_size
 from codiemb.encoder.adapters import has_adapters
+from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import ConfigError
 from codiemb.training import checkpoint
@@ -27,7 +28,14 @@ from codiemb.training.metrics import MetricsLog
 from codiemb.versions import versions
 
 BALANCE_FILE = "balance.json"
-_SET_HERE = {"bf16", "warmup_ratio", "gradient_accumulation_steps", "gradient_checkpointing", "rank_check_steps"}
+_SET_HERE = {
+    "bf16",
+    "warmup_ratio",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "rank_check_steps",
+    "memory_budget",
+}
 
 
 class JointTrainer(Trainer):
@@ -52,13 +60,14 @@ class JointTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         arguments = training_arguments(config, encoder.device)
-        self.step_reader = StepReader(plan, records, encoder, rank(), world_size())
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
         if config.train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
         for parameter in idle_parameters(encoder):
             parameter.requires_grad_(False)
-        self.joint = JointModel(encoder, config.losses)
+        memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
+        self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens)
+        self.joint = JointModel(encoder, config.losses, memory)
         super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder

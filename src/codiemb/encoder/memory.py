@@ -1,0 +1,169 @@
+"""How much memory the activations of a step take, and what of it fits.
+
+What autograd keeps of a micro-batch is measured, not guessed: the encoder runs three small micro-batches in training
+mode while every tensor saved for the backward pass is counted. Of [rows, length] that is, to good accuracy,
+
+    bytes = fixed + rows * (linear * length + square * length^2)
+
+with `square` above 0 where attention keeps its scores. `fixed` (weights cast to bf16) is kept once whatever the number
+of micro-batches, and so left out.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from codiemb.config import ROLES
+from codiemb.encoder.engine import micro_batch_tokens
+from codiemb.encoder.model import max_length
+from codiemb.errors import ConfigError
+
+GB = 1e9
+_LONGEST_MEASURED = 512
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that autograd keeps of a micro-batch."""
+
+    linear: float
+    square: float
+
+    def of(self, rows: int, length: int) -> float:
+        return rows * (self.linear * length + self.square * length**2)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the activations of a step may take.
+
+    Attributes:
+        activations: bytes, one micro-batch that runs again left out.
+        footprint: bytes of a micro-batch.
+        micro_batch_tokens: tokens of a micro-batch, padding included; more than its default would not be faster.
+    """
+
+    activations: float
+    footprint: Footprint
+    micro_batch_tokens: int
+
+    def cached(self, micro_batches: list[dict[str, Any]]) -> int:
+        """How many micro-batches, from the first, must not keep their activations.
+
+        The last ones keep theirs: the backward pass frees those before it runs the first of the others again.
+        """
+        kept = 0.0
+        for place in range(len(micro_batches), 0, -1):
+            kept += self.footprint.of(*micro_batches[place - 1]["attention_mask"].shape)
+            if kept > self.activations:
+                return place
+        return 0
+
+
+def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, bf16: bool) -> Memory:
+    """What a budget leaves for activations.
+
+    Args:
+        budget: GB for all that a process holds while it trains, or `auto`: a share of what is free.
+        bf16: whether training computes in bf16.
+
+    Raises:
+        ConfigError: not even one text fits.
+    """
+    tokens = micro_batch_tokens(encoder)
+    length = max(max_length(encoder, role) or _LONGEST_MEASURED for role in ROLES)
+    footprint = measure(encoder, length, bf16)
+    trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
+    # Gradients, two moments of the optimizer, and the gradient of the largest weight before it is added.
+    held = memory_held(encoder.device) + 3 * sum(trained) + max(trained)
+    limit = held + free_memory(encoder.device) if budget == "auto" else budget * GB
+    left = limit - held
+    while tokens > length and _peak(footprint, tokens, length) > left:
+        tokens //= 2
+    needed = held + _peak(footprint, tokens, length)
+    if needed > limit:
+        raise ConfigError(
+            "train.memory_budget",
+            got=f"{limit / GB:.2g} GB",
+            expected=f"at least {needed / GB:.2g} GB: libraries, weights, their gradients and moments, and one text",
+            fix="raise it or lower model.max_length",
+        )
+    return Memory(left - _peak(footprint, tokens, length), footprint, tokens)
+
+
+def measure(encoder: SentenceTransformer, length: int, bf16: bool) -> Footprint:
+    """The footprint of an encoder in training mode, from micro-batches of up to `length` tokens a text."""
+    long = min(length, _LONGEST_MEASURED)
+    short = max(1, long // 2)
+    was_training, device = encoder.training, encoder.device
+    encoder.train()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        one, two, longer = (_saved(encoder, rows, width) for rows, width in ((1, short), (2, short), (1, long)))
+    encoder.train(was_training)
+    of_short = two - one
+    of_long = longer - one + of_short
+    square = max(0.0, (of_long / long - of_short / short) / (long - short)) if long > short else 0.0
+    return Footprint(max(0.0, of_short / short - square * short), square)
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes this process holds: of the GPU, or in all."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that `auto` takes of what is free: four fifths of a GPU, half of a machine shared by its processes."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return 0.8 * (torch.cuda.mem_get_info(device)[0] + cached)
+    return (
+        0.5 * min(psutil.virtual_memory().available, _container_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )
+
+
+def _peak(footprint: Footprint, tokens: int, length: int) -> float:
+    """Of one micro-batch that runs forward and backward."""
+    return _SLACK * footprint.of(max(1, tokens // length), length)
+
+
+_SLACK = 2.0  # gradients of activations, and what an allocator loses between blocks
+
+
+def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:
+    """Bytes of the distinct tensors that a forward pass saves, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    features = encoder.preprocess(["a"])
+    mask = features["attention_mask"]
+    for key, value in features.items():
+        if isinstance(value, Tensor) and value.shape == mask.shape:
+            features[key] = value.repeat(rows, -(-length // mask.shape[1]))[:, :length].to(encoder.device)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = encoder(features)["sentence_embedding"]
+    assert output.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _container_memory() -> float:
+    """What the container that holds this process has left; no limit where there is none."""
+    try:
+        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return float("inf") if limit == "max" else max(0.0, float(limit) - float(used))
+    except (OSError, ValueError):
+        return float("inf")

@@ -1,0 +1,90 @@
+"""What a step keeps is known before it is made, and what does not fit is made again."""
+
+import pytest
+import torch
+
+from codiemb.encoder import memory
+from codiemb.encoder.engine import Text, embed, tokenize
+from codiemb.encoder.memory import Footprint, Memory, measure, plan_memory
+from codiemb.errors import ConfigError
+
+
+def kept_bytes(encoder, run):
+    """Bytes of what autograd saves while `run` goes on, parameters aside, each storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = run()
+    assert output.requires_grad
+    return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("rows", "letters"), [(7, 6), (2, 30), (1, 62)])
+def test_the_footprint_measured_on_short_texts_holds_for_other_shapes(tiny_encoder, attention, rows, letters):
+    tiny_encoder[0].model.set_attn_implementation(attention)
+    found = measure(tiny_encoder, 32, bf16=False)
+    assert found.square > 20 if attention == "eager" else found.square < 0.1, "scores: 3 layers of 2 heads of 4 bytes"
+    texts = [Text("abcdefghijklmnopqrstuvwxyz"[place:][:1] * letters, "", None) for place in range(rows)]
+    tokens = tokenize(tiny_encoder, texts)
+    (features,) = tokens.micro_batches
+    expected = kept_bytes(tiny_encoder, lambda: tiny_encoder(dict(features))["sentence_embedding"])
+    assert found.of(*features["attention_mask"].shape) == pytest.approx(expected, rel=0.03)
+
+
+def test_measuring_leaves_no_trace(tiny_encoder):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for module in tiny_encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    measure(tiny_encoder, 32, bf16=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not tiny_encoder.training
+    assert all(parameter.grad is None for parameter in tiny_encoder.parameters())
+
+
+def test_the_last_micro_batches_that_fit_keep_their_activations():
+    """A byte a token: [4, 8] takes 32, [2, 8] takes 16. From the last: 16, 48, 80."""
+    micro_batches = [{"attention_mask": torch.ones(rows, 8)} for rows in (4, 4, 2)]
+    cached = {room: Memory(room, Footprint(1, 0), 32).cached(micro_batches) for room in (-1, 0, 16, 47, 48, 79, 80)}
+    assert cached == {-1: 3, 0: 3, 16: 2, 47: 2, 48: 1, 79: 1, 80: 0}
+
+
+def test_cached_micro_batches_hold_no_activations(tiny_encoder):
+    """Counted as autograd saves them: all, some, none."""
+    texts = [Text("ab" * n, "", None) for n in range(1, 20)]
+    tokens = tokenize(tiny_encoder, texts, 64)
+    count = len(tokens.micro_batches)
+
+    def kept(cached):
+        return kept_bytes(
+            tiny_encoder, lambda: embed(tiny_encoder, tokens.micro_batches, tokens.place, cached=cached).final
+        )
+
+    everything, some, nothing = kept(0), kept(count // 2), kept(count)
+    assert nothing < 0.02 * everything
+    assert 0.3 * everything < some < 0.7 * everything
+
+
+@pytest.mark.parametrize(("room", "tokens"), [(12e6, 2048), (1e6, 128)])
+def test_a_budget_is_what_the_process_may_hold(tiny_encoder, monkeypatch, room, tokens):
+    """Of a process that holds 1 GB, and four times the trained weights beside, what is left is for activations."""
+    monkeypatch.setattr(memory, "memory_held", lambda device: 10**9)
+    trained = [parameter.numel() * 4 for parameter in tiny_encoder.parameters()]
+    held = 1e9 + 3 * sum(trained) + max(trained)
+    planned = plan_memory(tiny_encoder, (held + room) / 1e9, bf16=False)
+    one = planned.footprint.of(tokens // 64, 64)
+    assert planned.micro_batch_tokens == tokens
+    assert planned.activations + 2 * one == pytest.approx(room, abs=10)
+
+
+def test_a_budget_too_small_for_one_text_is_refused(tiny_encoder, monkeypatch):
+    monkeypatch.setattr(memory, "memory_held", lambda device: 10**9)
+    with pytest.raises(ConfigError, match=r"train.memory_budget: got 0.5 GB, expected at least 1 GB"):
+        plan_memory(tiny_encoder, 0.5, bf16=False)

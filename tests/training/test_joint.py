@@ -1,0 +1,40 @@
+"""A step whose activations are made twice gives what one does that keeps them, dropout and all."""
+
+import pytest
+import torch
+
+from tests.distributed.test_two_processes import MEMORIES, STEPS, loss_and_gradients, write_data
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model_folder, tmp_path_factory):
+    """By memory the loss and gradients of every step of `STEPS`, with dropout."""
+    data = tmp_path_factory.mktemp("data")
+    write_data(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return {
+            memory: loss_and_gradients(tiny_model_folder, data, 0, 1, memory, dropout=0.2) for memory in MEMORIES
+        } | {"no dropout": loss_and_gradients(tiny_model_folder, data, 0, 1)}
+
+
+@pytest.mark.parametrize("memory", [memory for memory in MEMORIES if memory != "direct"])
+@pytest.mark.parametrize("name", STEPS)
+def test_cached_gradients_equal_direct_ones_to_the_last_bit(found, name, memory):
+    direct, cached, without = found["direct"][name], found[memory][name], found["no dropout"][name]
+    assert cached["loss"] == direct["loss"] != without["loss"]
+    largest = [gradient.abs().max().item() for gradient in direct["gradients"].values()]
+    assert sum(value > 1e-3 for value in largest) > 30, "zeros would be compared"
+    for key, gradient in direct["gradients"].items():
+        assert torch.equal(cached["gradients"][key], gradient), key
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_the_next_step_draws_the_same_random_numbers(found, memory):
+    """Else a run would depend on which step was cached."""
+    assert [step["random"] for step in found[memory].values()] == [step["random"] for step in found["direct"].values()]
+
+
+def test_most_steps_have_several_micro_batches(found):
+    """Without this "the last one direct" would be all of them."""
+    assert sum(step["micro_batches"] > 2 for step in found["cached"].values()) >= len(STEPS) - 1
