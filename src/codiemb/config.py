@@ -55,7 +55,7 @@ class Lora(Section):
     """
 
     r: Positive = 16
-    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32
+    alpha: Positive = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"] | None = None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -24,6 +25,7 @@ from torch import Tensor
 from codiemb.errors import CodiembError, DistributedError
 
 Anything = TypeVar("Anything")
+_PLACE_IN_GLOO = re.compile(r"^\[\S*\] ")
 _GLOO_SAYS = ("gloo/", "Application timeout caused pair closure")  # its errors are plain RuntimeErrors
 
 
@@ -191,7 +193,7 @@ def told_of_lost_ranks() -> Iterator[None]:
             raise
         raise DistributedError(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} on {socket.gethostname()}",
-            got=str(error).splitlines()[0],
+            got=_PLACE_IN_GLOO.sub("", str(error).splitlines()[0]).split(". ")[0],
             expected="an answer of every rank in time (train.ddp_timeout)",
             fix="look for the first error on the other machines, then start all of them again with --resume",
         ) from error
