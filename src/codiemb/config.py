@@ -187,6 +187,9 @@ class Train(Section):
     save_steps: Positive = 200
     save_total_limit: Positive | None = None
     ddp_timeout: Positive = 1800
+    fsdp: bool = False
+    fsdp_config: dict[str, Any] | None = None
+    deepspeed: dict[str, Any] | str | None = None
     report_to: list[str] | str = "none"
     run_name: str | None = None
 
@@ -194,6 +197,23 @@ class Train(Section):
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare `no` as false
+
+    @field_validator("fsdp_config")
+    @classmethod
+    def _version_2_and_whole_checkpoints(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name, only in (("version", 2), ("state_dict_type", "FULL_STATE_DICT")):
+            for key in (name, f"fsdp_{name}"):
+                if value and value.get(key, only) != only:
+                    raise ValueError(f"expected {key}: {only}, because a checkpoint is a whole model folder")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_shard(self) -> Train:
+        if self.fsdp and self.deepspeed:
+            raise ValueError("fsdp: got true with deepspeed, expected one of them")
+        if self.fsdp_config and not self.fsdp:
+            raise ValueError("fsdp_config: got settings without fsdp, expected fsdp: true")
+        return self
 
     @field_validator("gradient_accumulation_steps")
     @classmethod
@@ -262,6 +282,11 @@ class Config(Section):
         ):
             faults.append("losses.<task>.weight: got 0 for every source that counts, expected one above 0")
         faults += self._partly_trained()
+        if (self.train.fsdp or self.train.deepspeed) and self.evaluation.every_steps:
+            faults.append(
+                f"evaluation.every_steps: got {self.evaluation.every_steps} with a sharded model, expected null, "
+                "because no rank holds a whole encoder while it is trained; checkpoints can be evaluated afterwards"
+            )
         if faults:
             raise ValueError("; ".join(faults))
         return self

@@ -120,21 +120,21 @@ def agree(facts: dict[str, str | int], where: str) -> None:
                 )
 
 
-def highest(value: int) -> int:
-    """The largest of the values that the ranks hold; on processors, so that no rank waits for its GPU."""
-    if world_size() == 1:
-        return value
-    tensor = torch.tensor([value])
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return int(tensor)
-
-
 def total(counts: list[int], device: torch.device) -> Tensor:
     """The counts of all ranks, added; int64 [count]."""
     tensor = torch.tensor(counts, dtype=torch.int64, device=device)
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def most(count: int, device: torch.device | str = "cpu") -> int:
+    """The largest of the counts of all ranks; exchanged on processors, no rank waits for its GPU."""
+    if world_size() == 1:
+        return count
+    tensor = torch.tensor([count], device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
 
 
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:

@@ -110,6 +110,9 @@ def test_a_base_of_adapters_is_merged_and_all_of_it_trained(tiny_model_folder, t
     assert not has_adapters(encoder)
     assert trained(encoder) == set(dict(SentenceTransformer(str(tiny_model_folder)).named_parameters()))
     assert encoder.eval().encode(TEXTS) == pytest.approx(adapted.eval().encode(TEXTS), abs=1e-5)
+    save_encoder(encoder, tmp_path / "merged")
+    again = SentenceTransformer(str(tmp_path / "merged"), device="cpu")
+    assert again.encode(TEXTS) == pytest.approx(adapted.encode(TEXTS), abs=1e-5), "saved under names that are not read"
     with pytest.raises(ConfigError, match="got a folder of adapters, expected a model with weights of its own"):
         load_encoder(section(tmp_path, lora={"r": 2}), "cpu")
 

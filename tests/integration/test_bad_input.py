@@ -105,6 +105,22 @@ SETTINGS = {
         {"losses.matryoshka": {"dims": [8, 4], "weights": [1]}},
         ["losses.matryoshka", "one weight for each of the 2 dims"],
     ),
+    "sharded on processors": ({"train.fsdp": True}, ["train.fsdp: got true on processors", "GPUs"]),
+    "sharded twice": ({"train.fsdp": True, "train.deepspeed": "zero.json"}, ["fsdp: got true with deepspeed"]),
+    "how to shard, but not that": ({"train.fsdp_config": {"version": 2}}, ["fsdp_config", "fsdp: true"]),
+    "the older FSDP": (
+        {"train.fsdp": True, "train.fsdp_config": {"fsdp_version": 1}},
+        ["train.fsdp_config: got {'fsdp_version': 1}", "expected fsdp_version: 2"],
+    ),
+    "checkpoints in shards": (
+        {"train.fsdp": True, "train.fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+        ["expected state_dict_type: FULL_STATE_DICT"],
+    ),
+    "evaluation of shards": (
+        {"train.fsdp": True, "evaluation.every_steps": 2},
+        ["evaluation.every_steps: got 2 with a sharded model"],
+    ),
+    "deepspeed on one process, or not installed": ({"train.deepspeed": {"zero_optimization": {}}}, ["deepspeed"]),
     "rank of nothing": ({"model.lora": {"r": 0}}, ["model.lora.r: got 0"]),
     "modules as a word": ({"model.lora": {"target_modules": "all"}}, ["target_modules: got 'all'", "'all-linear'"]),
     "no module": ({"model.lora": {"target_modules": []}}, ["target_modules: got []", "at least 1"]),

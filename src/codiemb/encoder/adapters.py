@@ -86,6 +86,8 @@ def merge_adapters(encoder: SentenceTransformer) -> None:
         module.merge(safe_merge=True)
         model.set_submodule(name, module.get_base_layer())
     model.delete_adapter(list(model.peft_config))
+    # Adapters that came from files leave the renaming of their names behind, which saving would undo on all weights.
+    vars(model).pop("_weight_conversions", None)
 
 
 @contextlib.contextmanager

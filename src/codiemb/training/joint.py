@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
 from codiemb.config import Losses
-from codiemb.distributed import gathered, joined, scale_gradient, summed, world_size
+from codiemb.distributed import gathered, joined, most, scale_gradient, summed, world_size
 from codiemb.encoder.engine import Features, embed
 from codiemb.encoder.memory import Memory
 from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
@@ -30,15 +30,19 @@ class JointModel(nn.Module):
         encoder: the model being trained.
         losses: the `losses` section.
         memory: what a step may hold; None for all that it takes.
+        sharded: under FSDP or ZeRO the ranks exchange weights in every micro-batch, so each runs as many.
 
     Attributes:
         balance: running sizes of the loss parts, with `balance: magnitude`; part of a checkpoint.
     """
 
-    def __init__(self, encoder: SentenceTransformer, losses: Losses, memory: Memory | None = None) -> None:
+    def __init__(
+        self, encoder: SentenceTransformer, losses: Losses, memory: Memory | None = None, sharded: bool = False
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.memory = memory
+        self.sharded = sharded
         self.losses = losses.model_dump()
         self.emphasis = {"lists": 2 * losses.emphasis, "pairs": 2 * (1 - losses.emphasis)}
         self.balance = RunningScale() if losses.balance == "magnitude" else None
@@ -69,10 +73,22 @@ class JointModel(nn.Module):
             left -= counts[-1]
         return counts
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """Where Hugging Face looks for the classes of layers that FSDP shards one by one."""
+        known = getattr(getattr(self.encoder[0], "model", None), "_no_split_modules", None) or []
+        present = {type(module).__name__ for module in self.encoder.modules()}
+        return sorted(present & set(known))
+
     def _objective(self, batch: dict[str, Any], cached: int) -> Objective:
         shape, settings = TASKS[batch["task"]].shape, self.losses[batch["task"]]
         middle = shape == "pairs" and settings["mid_nce"] > 0
-        final, hidden = embed(self.encoder, batch["micro_batches"], batch["place"], middle, cached)
+        micro_batches = batch["micro_batches"]
+        if self.sharded:  # what is done again to keep step with other ranks stands behind, where no text has its place
+            again = most(len(micro_batches), batch["place"].device) - len(micro_batches)
+            micro_batches = micro_batches + again * micro_batches[-1:]
+            cached = most(cached, batch["place"].device)  # what runs again exchanges weights again
+        final, hidden = embed(self.encoder, micro_batches, batch["place"], middle, cached)
         with torch.autocast(final.device.type, enabled=False):
             embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
             if prefixes := self.losses["matryoshka"]:

@@ -26,7 +26,7 @@ from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
 from codiemb.encoder.adapters import merge_adapters, without_head
-from codiemb.encoder.model import load_encoder, max_length, prompt, save_encoder
+from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import nearest_folder, publish, require_folder, told_of_full_disk, write_whole
@@ -34,6 +34,7 @@ from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import facts_of, require_same_run
+from codiemb.training.sharding import require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
 from codiemb.versions import versions
@@ -119,6 +120,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     start(config.train.ddp_timeout)
     with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING):
         checkpoint, passed_over = on_first(lambda: _look_at_run_folder(config, resume, overwrite))
+        require_devices(config)
         prepared = prepare(config)
         encoder, suite = prepared.encoder, prepared.suite
         facts = facts_of(config, prepared.records, encoder)
@@ -145,6 +147,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         finally:
             trainer.step_log.close()
         stop.raise_if_asked()
+        encoder = _trained_encoder(trainer, run / WRITING)
         merge_adapters(encoder)
         if rank() == 0:
             save_encoder(encoder, run / WRITING)
@@ -154,6 +157,19 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             publish(run / WRITING, run / "model")
         barrier()
     return TrainResult(run / "model", base, trained, suite)
+
+
+def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
+    """The encoder that was trained, whole on every rank; shards are put together in `folder`."""
+    if not trainer.sharded:
+        return trainer.encoder
+    trainer.save_model(str(folder / "whole"))
+    barrier()
+    encoder = open_model(str(folder / "whole"), device=str(trainer.args.device), dtype=torch.float32)
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(folder / "whole")
+    return encoder
 
 
 def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:

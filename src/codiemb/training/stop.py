@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from codiemb.distributed import highest
+from codiemb.distributed import most
 from codiemb.errors import Stopped
 from codiemb.training.checkpoint import checkpoints
 
@@ -66,7 +66,7 @@ class StopOnSignal(TrainerCallback):
         self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.agreed = highest(self.asked)
+        self.agreed = most(self.asked)
         if self.agreed:
             control.should_save = control.should_training_stop = True
 

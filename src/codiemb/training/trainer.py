@@ -25,6 +25,7 @@ from codiemb.errors import ConfigError
 from codiemb.training import checkpoint
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
+from codiemb.training.sharding import keep_losses_in_float32, require_gathering, unused_parameters, whole_encoder
 from codiemb.versions import versions
 
 BALANCE_FILE = "balance.json"
@@ -63,19 +64,27 @@ class JointTrainer(Trainer):
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
         if config.train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
-        for parameter in idle_parameters(encoder):
+        self.sharded = bool(config.train.fsdp or config.train.deepspeed)
+        for parameter in idle_parameters(encoder) + (unused_parameters(encoder) if self.sharded else []):
             parameter.requires_grad_(False)
         memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens)
-        self.joint = JointModel(encoder, config.losses, memory)
+        self.joint = JointModel(encoder, config.losses, memory, self.sharded)
         super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
+        if self.is_fsdp_enabled:
+            keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
         self.facts = facts
+        self.config = config
         self.rank_check_steps = config.train.rank_check_steps
 
     def get_train_dataloader(self) -> StepLoader:
         return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Onto the device; under DeepSpeed and bf16 the Trainer would round labels too."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step % self.rank_check_steps == 0:
@@ -86,9 +95,11 @@ class JointTrainer(Trainer):
         return outputs["loss"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_encoder(self.encoder, folder)
+        save_encoder(self.encoder if state_dict is None else whole_encoder(self.config, state_dict), folder)
         if self.joint.balance is not None:
             means = {name: mean.tolist() for name, mean in self.joint.balance.means.items()}
             (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
@@ -113,7 +124,11 @@ class JointTrainer(Trainer):
         barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.encoder.load_state_dict(open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32).state_dict())
+        if self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            whole = open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32)
+            self.encoder.load_state_dict(whole.state_dict())
         if self.joint.balance is not None:
             content = json.loads((Path(resume_from_checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
             self.joint.balance.means = {name: torch.tensor(mean) for name, mean in content.items()}
@@ -145,6 +160,7 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         raise ConfigError(
             "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
         ) from None
+    require_gathering(arguments)
     trackers = get_available_reporting_integrations()
     if missing := [name for name in arguments.report_to or () if name not in trackers]:
         raise ConfigError(

@@ -1,0 +1,76 @@
+"""FSDP2 and DeepSpeed ZeRO, through the Trainer's own settings; here is what they need to know of our model.
+
+Both take the mean of the gradients over ranks, as DDP does, so the loss is multiplied by the number of ranks all the
+same. Unlike DDP they exchange weights inside the forward pass, so all ranks must run as many micro-batches
+(`JointModel` sees to it), and no rank holds a whole encoder: checkpoints are written through a new one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import TrainingArguments
+
+from codiemb.config import Config
+from codiemb.distributed import world_size
+from codiemb.encoder.model import load_encoder
+from codiemb.errors import ConfigError
+
+
+def require_devices(config: Config) -> None:
+    """Refuses FSDP on processors, where accelerate would train without it and say nothing, and one process.
+
+    Raises:
+        ConfigError: it names the setting.
+    """
+    setting = "train.fsdp" if config.train.fsdp else "train.deepspeed"
+    if config.train.fsdp and not torch.cuda.is_available():
+        raise ConfigError(setting, got="true on processors", expected="GPUs", fix="leave it out to train with DDP")
+    if (config.train.fsdp or config.train.deepspeed) and world_size() == 1:
+        raise ConfigError(
+            setting, got="one process", expected="one per GPU", fix="start with torchrun --nproc-per-node gpu"
+        )
+
+
+def require_gathering(arguments: TrainingArguments) -> None:
+    """Refuses ZeRO-3 that could not write a whole model.
+
+    Raises:
+        ConfigError: with the setting that lacks.
+    """
+    zero = getattr(arguments, "hf_deepspeed_config", None)
+    name = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    if zero is not None and zero.is_zero3() and not zero.get_value(name):
+        raise ConfigError(
+            f"train.deepspeed, {name}", got="false", expected="true, because a checkpoint is a whole model"
+        )
+
+
+def unused_parameters(encoder: SentenceTransformer) -> list[torch.nn.Parameter]:
+    """Those of a transformer's pooler, which get no gradient; FSDP resumes only where every trained one got some."""
+    return [parameter for name, parameter in encoder.named_parameters() if ".pooler." in name]
+
+
+def whole_encoder(config: Config, state: dict[str, Tensor]) -> SentenceTransformer:
+    """The encoder with the gathered weights of the model that is trained, on the processor."""
+    with torch.random.fork_rng():
+        encoder = load_encoder(config.model, "cpu")
+    prefix = "encoder."
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    return encoder
+
+
+def keep_losses_in_float32(plugin: Any) -> None:
+    """Under FSDP2 and bf16: weights are used in bf16, but labels, losses and the sums of gradients stay in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )

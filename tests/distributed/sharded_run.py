@@ -1,0 +1,34 @@
+"""`codiemb train` with FSDP2 on processors: torch can, accelerate takes the setting for granted on GPUs only.
+
+Started by torchrun from test_sharded.py. Accelerate is told that this is FSDP; all the rest is the real run.
+"""
+
+import sys
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+
+from codiemb import load_config, train
+from codiemb.batching import loader
+from codiemb.distributed import finish
+from codiemb.training import run
+
+made = Accelerator.__init__
+
+
+def sharded(self, *args, fsdp_plugin=None, **kwargs):
+    made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    self.state.fsdp_plugin = fsdp_plugin
+    self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if self.state._mixed_precision != "no":
+        fsdp_plugin.set_mixed_precision(self.state._mixed_precision)
+
+
+Accelerator.__init__ = sharded
+run.require_devices = lambda config: None
+if "--few-tokens" in sys.argv:  # so that a rank with long texts makes more micro-batches than one with short ones
+    tokenize = loader.tokenize
+    loader.tokenize = lambda encoder, texts: tokenize(encoder, texts, budget=64)
+overrides = [value for value in sys.argv[2:] if not value.startswith("--")]
+train(load_config(sys.argv[1], overrides), resume="--resume" in sys.argv)
+finish()

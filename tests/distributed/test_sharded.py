@@ -1,0 +1,119 @@
+"""FSDP2 and gradient checkpointing train the model that one process trains, and resume to the same bits.
+
+FSDP2 runs on processors here, see sharded_run.py; on GPUs the same runs go through `codiemb train` as it is.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from codiemb import load_config, train
+from tests.conftest import needs_peft
+from tests.integration.test_train import PAIRS, RETRIEVAL, assert_equal_weights, write_lines
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+STILL = "model.dropout={hidden: 0, attention: 0}"
+DROPOUT = "model.dropout={hidden: 0.1, attention: 0.1}"
+FSDP = "train.fsdp=true"
+
+
+@pytest.fixture
+def config_file(tmp_path, tiny_model_folder):
+    """8 steps; with batches of 5 the two ranks hold different numbers of rows."""
+    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
+    write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    content = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"base": str(tiny_model_folder)},
+        "data": [
+            {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
+            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
+        ],
+        "batching": {"retrieval": {"batch_size": 5}, "similarity": {"batch_size": 5}},
+        "train": {"max_steps": 8, "save_steps": 4, "learning_rate": 1e-3, "bf16": False},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "config.yaml"
+
+
+def on_two_processes(program, *arguments):
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *arguments],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        timeout=240,
+    )
+
+
+def sharded(*arguments):
+    on_two_processes([str(Path(__file__).with_name("sharded_run.py"))], *arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="all weights"),
+        pytest.param(["train.optim=sgd", "train.max_grad_norm=0"], id="sgd, unclipped"),
+        pytest.param(["train.gradient_checkpointing=true"], id="gradient checkpointing"),
+        pytest.param(["model.lora={r: 2}", "model.head.dim=8"], id="lora and head", marks=needs_peft),
+    ],
+)
+def test_fsdp_trains_the_model_of_one_process(config_file, tmp_path, settings):
+    """Over 8 steps. Adam hides a wrong scale of the loss, and clipping does; plain SGD shows it."""
+    train(load_config(config_file, [STILL, *settings, f"output_dir={tmp_path / 'one'}"]))
+    sharded(str(config_file), STILL, *settings, FSDP)
+    tolerance = {"rtol": 0, "atol": 1e-5}
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)
+    assert_equal_weights(
+        tmp_path / "one" / "checkpoint-4", tmp_path / "run" / "checkpoint-4", ["key.bias"], **tolerance
+    )
+
+
+def test_fsdp_with_micro_batches_that_differ_in_number(config_file, tmp_path):
+    """A rank that ran fewer than another would wait for ever: weights are exchanged inside each."""
+    long = [{"query": "a b " * (14 if n % 2 else 1), "positives": ["c d"]} for n in range(12)]
+    write_lines(tmp_path / "retrieval.jsonl", long)
+    train(load_config(config_file, [STILL, f"output_dir={tmp_path / 'one'}"]))
+    sharded(str(config_file), STILL, FSDP, "--few-tokens")
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
+
+
+def test_fsdp_resumes_to_the_same_bits(config_file, tmp_path):
+    sharded(str(config_file), DROPOUT, FSDP)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for name in ("model", "checkpoint-8"):
+        shutil.rmtree(tmp_path / "run" / name)
+    sharded(str(config_file), DROPOUT, FSDP, "--resume")
+    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gradient_checkpointing_changes_nothing(config_file, tmp_path, processes):
+    """With dropout, whose masks are drawn again in the second forward pass: the same bits after 8 steps."""
+    for name, setting in (("plain", "false"), ("again", "true")):
+        overrides = [DROPOUT, f"train.gradient_checkpointing={setting}", f"output_dir={tmp_path / name}"]
+        if processes == 1:
+            train(load_config(config_file, overrides))
+        else:
+            on_two_processes(["-m", "codiemb"], "train", str(config_file), *overrides)
+    assert_equal_weights(tmp_path / "plain" / "model", tmp_path / "again" / "model", rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("bf16", ["false", "true"])
+def test_fsdp_on_two_gpus(config_file, tmp_path, bf16):
+    settings = [STILL, f"train.bf16={bf16}"]
+    train(load_config(config_file, [*settings, f"output_dir={tmp_path / 'one'}"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
+    subprocess.run([*command, "train", str(config_file), *settings, FSDP], check=True, timeout=300)
+    tolerance = {"rtol": 0, "atol": 1e-5 if bf16 == "false" else 2e-3}
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)
