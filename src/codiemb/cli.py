@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from codiemb.encoder.allocator import keep_memory
 from codiemb.errors import CodiembError, EvaluationError, Stopped
 from codiemb.files import require_folder
 
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     # Threads of torch that wait should sleep: one busy neighbour makes spinning ones many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    keep_memory()
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     ours = logging.getLogger("codiemb")

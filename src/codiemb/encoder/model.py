@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from codiemb.config import ROLES, ModelSection, Role
 from codiemb.encoder.adapters import adapt, has_adapters, require_peft
+from codiemb.encoder.cpu import speed_up
 from codiemb.errors import CheckpointError
 
 ROLE_FILE = "codiemb.json"
@@ -91,6 +92,8 @@ def open_model(
         encoder = SentenceTransformer(path, device=device, config_kwargs=config_kwargs, model_kwargs=model_kwargs)
         if isinstance(encoder[0], Transformer):
             encoder[0].unpad_inputs = False  # micro-batches are cut by their attention mask
+            if encoder.device.type == "cpu" and isinstance(encoder[0].model, PreTrainedModel):
+                speed_up(encoder[0].model)
         _check_loaded(encoder, path)
         if encoder.tokenizer is not None:
             _check_vocabulary(encoder, path)

@@ -26,6 +26,7 @@ from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
 from codiemb.encoder.adapters import merge_adapters, without_head
+from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
@@ -116,6 +117,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         CodiembError: a mistake in the input, and nothing has been written; or no room is left on the disk.
         Stopped: SIGTERM or SIGINT; while training, after a checkpoint.
     """
+    keep_memory()
     run = Path(config.output_dir)
     start(config.train.ddp_timeout)
     with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING):
