@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from codiemb.training import joint
 from tests.distributed.test_two_processes import MEMORIES, STEPS, loss_and_gradients, write_data
 
 
@@ -38,3 +39,23 @@ def test_the_next_step_draws_the_same_random_numbers(found, memory):
 def test_most_steps_have_several_micro_batches(found):
     """Without this "the last one direct" would be all of them."""
     assert sum(step["micro_batches"] > 2 for step in found["cached"].values()) >= len(STEPS) - 1
+
+
+@pytest.mark.parametrize("name", ["ragged queries", "same slot", "symmetric", "prefixes"])
+def test_many_scores_are_held_in_tiles(found, tiny_model_folder, tmp_path, name, monkeypatch):
+    """Same gradients; with at most 7 scores of 5 queries and up to 20 documents there are several tiles."""
+    monkeypatch.setattr(joint, "_MOST_SCORES", 7)
+    write_data(tmp_path)
+    widths = []
+    inner = joint.SHAPES["lists"]
+
+    def seen(batch, settings, dim=None):
+        widths.append(settings["chunk_size"])
+        return inner(batch, settings, dim)
+
+    monkeypatch.setitem(joint.SHAPES, "lists", seen)
+    tiled = loss_and_gradients(tiny_model_folder, tmp_path, 0, 1, dropout=0.2)[name]
+    assert 1 in widths, "tiled"
+    assert 3 in widths, "where the setting says so, it holds"
+    assert tiled["loss"] == pytest.approx(found["direct"][name]["loss"], rel=1e-5)
+    torch.testing.assert_close(tiled["gradients"], found["direct"][name]["gradients"], rtol=1e-4, atol=1e-5)

@@ -22,6 +22,8 @@ from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningSca
 from codiemb.losses.retrieval import Groups
 from codiemb.tasks import TASKS
 
+_MOST_SCORES = 2**22  # 80 MB of tables; in tiles that large InfoNCE takes no longer than with whole tables
+
 
 class JointModel(nn.Module):
     """Encoder and objectives.
@@ -91,10 +93,18 @@ class JointModel(nn.Module):
         final, hidden = embed(self.encoder, micro_batches, batch["place"], middle, cached)
         with torch.autocast(final.device.type, enabled=False):
             embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
+            if isinstance(embeddings, Lists) and settings["type"] == "info_nce" and settings["chunk_size"] is None:
+                settings = {**settings, "chunk_size": _columns(embeddings, len(batch["owner"]))}
             if prefixes := self.losses["matryoshka"]:
                 weights = prefixes["weights"] or [1.0] * len(prefixes["dims"])
                 return matryoshka(SHAPES[shape], embeddings, settings, prefixes["dims"], weights)
             return SHAPES[shape](embeddings, settings)
+
+
+def _columns(batch: Lists, listed: int) -> int | None:
+    """Columns of scores held at once where all would be many; `listed` bounds the terms of this rank's queries."""
+    rows = max(len(batch.queries), listed, 1)
+    return None if rows * len(batch.documents) <= _MOST_SCORES else max(1, _MOST_SCORES // rows)
 
 
 def _lists(final: Tensor, batch: dict[str, Any], settings: dict[str, Any]) -> Lists:
