@@ -7,8 +7,6 @@ same. Unlike DDP they exchange weights inside the forward pass, so all ranks mus
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -62,15 +60,3 @@ def whole_encoder(config: Config, state: dict[str, Tensor]) -> SentenceTransform
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     encoder.load_state_dict(weights)
     return encoder
-
-
-def keep_losses_in_float32(plugin: Any) -> None:
-    """Under FSDP2 and bf16: weights are used in bf16, but labels, losses and the sums of gradients stay in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=plugin.mixed_precision_policy.param_dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )

@@ -17,7 +17,7 @@ from codiemb.batching.loader import StepLoader, StepReader
 from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
-from codiemb.distributed import agree, barrier, rank, world_size
+from codiemb.distributed import agree, barrier, keep_losses_in_float32, rank, world_size
 from codiemb.encoder.adapters import has_adapters
 from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
@@ -25,7 +25,7 @@ from codiemb.errors import ConfigError
 from codiemb.training import checkpoint
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
-from codiemb.training.sharding import keep_losses_in_float32, require_gathering, unused_parameters, whole_encoder
+from codiemb.training.sharding import require_gathering, unused_parameters, whole_encoder
 from codiemb.versions import versions
 
 BALANCE_FILE = "balance.json"
