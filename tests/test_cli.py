@@ -2,6 +2,7 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 import codiemb
 from codiemb import cli
-from codiemb.errors import ConfigError
+from codiemb.errors import ConfigError, Stopped
 
 SRC = Path(codiemb.__file__).parent
 HEAVY = ("torch", "transformers", "sentence_transformers", "datasets", "pyarrow", "scipy")
@@ -125,16 +126,23 @@ def test_debug_raises(capsys):
         cli.main(["check", "no-such-file.yaml", "--debug"])
 
 
-@pytest.mark.parametrize(("said", "shown"), [("", "interrupted\n"), ("go on with --resume", "interrupted: go on with")])
-def test_interrupt_ends_with_130(capsys, monkeypatch, said, shown):
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "\ninterrupted\n"),
+        (Stopped(signal.SIGINT, "go on with --resume"), 130, "\nstopped by SIGINT: go on with --resume\n"),
+        (Stopped(signal.SIGTERM, "go on with --resume"), 143, "\nstopped by SIGTERM: go on with --resume\n"),
+    ],
+)
+def test_signals_end_with_the_codes_of_a_shell(capsys, monkeypatch, error, code, shown):
     def interrupted(*_):
-        raise KeyboardInterrupt(said)
+        raise error
 
     monkeypatch.setattr("codiemb.config.load_config", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.main(["check", "config.yaml"])
-    assert stop.value.code == 130
-    assert shown in capsys.readouterr().err
+    assert stop.value.code == code
+    assert capsys.readouterr().err == shown
 
 
 def test_a_defect_of_ours_is_not_hidden(monkeypatch):
