@@ -9,8 +9,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
 from codiemb import load_config, train
-from codiemb.batching import loader
 from codiemb.distributed import finish
+from codiemb.encoder import memory
 from codiemb.training import run
 
 made = Accelerator.__init__
@@ -27,8 +27,9 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
 Accelerator.__init__ = sharded
 run.require_devices = lambda config: None
 if "--few-tokens" in sys.argv:  # so that a rank with long texts makes more micro-batches than one with short ones
-    tokenize = loader.tokenize
-    loader.tokenize = lambda encoder, texts: tokenize(encoder, texts, budget=64)
+    memory.micro_batch_tokens = lambda encoder: 64
+if "--cached" in sys.argv:
+    memory.Memory.cached = lambda self, micro_batches: len(micro_batches) - 1
 overrides = [value for value in sys.argv[2:] if not value.startswith("--")]
 train(load_config(sys.argv[1], overrides), resume="--resume" in sys.argv)
 finish()
