@@ -15,7 +15,8 @@ from sentence_transformers import SentenceTransformer
 
 from codiemb.config import load_suite
 from codiemb.encoder import engine
-from codiemb.encoder.engine import Text, shares
+from codiemb.encoder.engine import shares
+from codiemb.encoder.tokens import Text
 from codiemb.evaluation import retrieval
 from codiemb.evaluation.suite import evaluate_suite
 

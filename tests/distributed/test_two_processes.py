@@ -49,7 +49,11 @@ STEPS = {  # what a step holds, and settings of the losses
         step(pairs=[0, 1, 2, 3, 4]),
         {"pairs": {"cosent": 1, "angle": 1, "soft_spearman": 1, "info_nce": 1, "mid_nce_temperature": 0.5}},
     ),
-    "prefixes": (step(queries=[4, 0, 2, 1, 3], pairs=[0, 1, 2, 3, 4]), {"matryoshka": {"dims": [16, 4]}}),
+    # Without Pearson, which makes of roundings 1e-5 where five cosines are within 0.02 of each other.
+    "prefixes": (
+        step(queries=[4, 0, 2, 1, 3], pairs=[0, 1, 2, 3, 4]),
+        {"matryoshka": {"dims": [16, 4]}, "pairs": {"pearson": 0, "mid_nce_temperature": 0.5}},
+    ),
     "one query for all ranks": (step(queries=[0]), {}),
     "one query and all pairs": (step(queries=[2], pairs=[3, 0, 1, 2, 4]), {}),
     "all queries and one pair": (step(queries=[0, 1, 2, 3, 4], pairs=[3]), {"candidates": "same_slot"}),
@@ -91,8 +95,8 @@ def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", 
         )
         model = JointModel(encoder, losses, MEMORIES[memory])
         model.zero_grad(set_to_none=True)
-        batches = reader[taken]["batches"]
-        outputs = model(batches)
+        inputs = reader[taken]
+        outputs = model(inputs["batches"], inputs["micro_batches"])
         loss = outputs["loss"]
         loss.backward()
         gradients = {}
@@ -104,8 +108,8 @@ def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", 
         results[name] = {
             "loss": loss.item(),
             "gradients": gradients,
-            "rows": [batch["rows"] for batch in batches],
-            "micro_batches": sum(len(batch["micro_batches"]) for batch in batches),
+            "rows": [batch["rows"] for batch in inputs["batches"]],
+            "micro_batches": len(inputs["micro_batches"]),
             "random": torch.rand(1).item(),
             "candidates": [float(one["candidates"] or 0) for one in outputs["objectives"]],
         }

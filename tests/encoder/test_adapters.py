@@ -7,8 +7,9 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 
 from codiemb.config import ModelSection
 from codiemb.encoder.adapters import adapt, has_adapters, merge_adapters, without_head
-from codiemb.encoder.engine import embed, tokenize
+from codiemb.encoder.engine import embed
 from codiemb.encoder.model import load_encoder, save_encoder
+from codiemb.encoder.tokens import tokenize
 from codiemb.errors import ConfigError
 from tests.conftest import HIDDEN, needs_peft
 from tests.encoder.test_engine import texts_of_all_roles

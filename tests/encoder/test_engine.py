@@ -5,8 +5,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from codiemb.encoder import engine
-from codiemb.encoder.engine import Text, embed, encode, tokenize
+from codiemb.encoder.engine import embed, encode
 from codiemb.encoder.model import max_length, open_model, prompt, save_encoder, set_lengths
+from codiemb.encoder.tokens import Text, tokenize
 
 PROMPTS = {"query": "query: ", "document": "text. ", "similarity": ""}
 LENGTHS = {"query": 12, "document": 24, "similarity": 9}
@@ -89,6 +90,16 @@ def test_equal_texts_are_tokenised_once(encoder):
     assert len(set(tokens.place.tolist())) == 4
 
 
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_texts_of_all_roles_share_micro_batches(encoder, include_prompt):
+    """But where pooling leaves the prompt out: it knows one length of prompt for a micro-batch."""
+    if not include_prompt:
+        leave_out_prompts(encoder)
+    texts = [Text("ab", prompt(encoder, role), max_length(encoder, role)) for role in PROMPTS]
+    tokens = tokenize(encoder, [*texts, Text("ab cd", "query: ", 9)])
+    assert len(tokens.micro_batches) == (1 if include_prompt else 3)
+
+
 @pytest.mark.parametrize("budget", [1, 40, 100])
 def test_micro_batches_keep_to_the_budget_and_counts_are_exact(encoder, budget):
     """One token a letter, and [CLS] and [SEP]: "ab" has 4."""
@@ -154,7 +165,7 @@ def test_gradients_equal_those_of_one_plain_batch(encoder):
 
 @pytest.mark.parametrize("piece", [2048, 4])
 def test_encode_equals_sentence_transformers_normalised(encoder, piece, monkeypatch):
-    monkeypatch.setattr(engine, "_PIECE", piece)  # with 4 the texts go through in several pieces
+    monkeypatch.setattr(engine, "PIECE", piece)  # with 4 the texts go through in several pieces
     texts = texts_of_all_roles(encoder)
     expected = torch.nn.functional.normalize(one_at_a_time(encoder, texts), dim=1)
     torch.testing.assert_close(encode(encoder, texts), expected, rtol=0, atol=1e-5)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from codiemb.encoder import memory
-from codiemb.encoder.engine import Text, embed, tokenize
+from codiemb.encoder.engine import embed
 from codiemb.encoder.memory import Footprint, Memory, measure, plan_memory
+from codiemb.encoder.tokens import Text, tokenize
 from codiemb.errors import ConfigError
 
 

@@ -21,7 +21,8 @@ from torch.nn.functional import normalize
 from torch.utils.data import ConcatDataset
 
 from codiemb import losses
-from codiemb.encoder.engine import Text, embed, tokenize
+from codiemb.encoder.engine import embed
+from codiemb.encoder.tokens import Text, tokenize
 from codiemb.integrations import same_dataset
 from codiemb.integrations.sentence_transformers import (
     CoDiEmbSimilarity,

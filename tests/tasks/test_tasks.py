@@ -79,7 +79,7 @@ def reader_of(tmp_path, encoder, task, rows, columns=None, **batching):
 
 
 def batch_of(reader, places, pass_number=0):
-    return reader.batch(Batch("rows", np.array(places), pass_number))
+    return reader.batch(Batch("rows", np.array(places), pass_number))[1]
 
 
 @pytest.mark.parametrize("task", ["classification", "clustering"])

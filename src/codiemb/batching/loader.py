@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from codiemb.batching.plan import Batch, Plan, Step, slice_of
 from codiemb.data.store import Records
-from codiemb.encoder.engine import Text, tokenize
 from codiemb.encoder.model import instructed, max_length, prompt
+from codiemb.encoder.tokens import Text, tokenize
 from codiemb.tasks import TASKS
-
-TokenBatch = dict[str, Any]
 
 
 class StepLoader(DataLoader):
@@ -62,7 +62,7 @@ class _StepSampler:
 
 
 class StepReader(Dataset):
-    """A step of the plan -> `{"batches": [token batch, ...]}` for one rank.
+    """A step of the plan -> its batches, and the tokens of all of their texts as one set, for one rank.
 
     Args:
         micro_batch_tokens: tokens of a micro-batch at most, padding included; None as `tokenize` chooses.
@@ -87,32 +87,35 @@ class StepReader(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, step: Step) -> dict[str, list[TokenBatch]]:
-        return {"batches": [self.batch(batch) for batch in step.batches]}
+    def __getitem__(self, step: Step) -> dict[str, Any]:
+        """`batches`, whose `place` says where their texts stand among the outputs of the `micro_batches`."""
+        texts, batches = zip(*(self.batch(batch) for batch in step.batches), strict=True)
+        # A rank without rows still runs one text of the step, so that it joins every exchange of gradients.
+        tokens = tokenize(self.encoder, list(chain(*texts)) or self._spare(step), self.micro_batch_tokens)
+        places = tokens.place[: sum(map(len, texts))].split([len(listed) for listed in texts])
+        return {
+            "batches": [{**batch, "place": place} for batch, place in zip(batches, places, strict=True)],
+            "micro_batches": tokens.micro_batches,
+            "tokens": tokens.real,
+            "padded_tokens": tokens.padded,
+        }
 
-    def batch(self, batch: Batch) -> TokenBatch:
-        """The tokens of this rank's rows of a batch, with the tensors its objective needs."""
+    def batch(self, batch: Batch) -> tuple[list[Text], dict[str, Any]]:
+        """The texts of this rank's rows of a batch, and what its objective needs beside their embeddings."""
         source = self.records[batch.source]
         numbers = slice_of(np.arange(len(batch.rows)), self.rank, self.world)
         places = batch.rows[numbers]
         shape = TASKS[source.source.task].shape
         texts, tensors = self._lists(source, batch, places) if shape == "lists" else self._pairs(source, places)
-        # A rank without rows still runs one text of the batch, so that it joins every exchange of gradients.
-        spare = texts or [self._text(source, source.rows(batch.rows[:1])[0], 0)]
-        tokens = tokenize(self.encoder, spare, self.micro_batch_tokens)
-        return {
-            "source": batch.source,
-            "task": source.source.task,
-            "rows": len(places),
-            "first_row": int(numbers[0]) if len(numbers) else len(batch.rows),
-            "tokens": tokens.real,
-            "padded_tokens": tokens.padded,
-            "micro_batches": tokens.micro_batches,
-            "place": tokens.place[: len(texts)],
-            **tensors,
-        }
+        first_row = int(numbers[0]) if len(numbers) else len(batch.rows)
+        facts = {"source": batch.source, "task": source.source.task, "rows": len(places), "first_row": first_row}
+        return texts, {**facts, **tensors}
 
-    def _lists(self, source: Records, batch: Batch, places: np.ndarray) -> tuple[list[Text], TokenBatch]:
+    def _spare(self, step: Step) -> list[Text]:
+        source = self.records[step.batches[0].source]
+        return [self._text(source, source.rows(step.batches[0].rows[:1])[0], 0)]
+
+    def _lists(self, source: Records, batch: Batch, places: np.ndarray) -> tuple[list[Text], dict[str, Tensor]]:
         """Texts: all queries, then all documents."""
         settings = getattr(self.plan.settings, source.source.task)
         rows = source.rows(places)
@@ -149,7 +152,7 @@ class StepReader(Dataset):
             "relevant": torch.tensor(relevant, dtype=torch.int64).reshape(-1, 2),
         }
 
-    def _pairs(self, source: Records, places: np.ndarray) -> tuple[list[Text], TokenBatch]:
+    def _pairs(self, source: Records, places: np.ndarray) -> tuple[list[Text], dict[str, Tensor]]:
         """Texts: all left ones, then all right ones."""
         rows = source.rows(places)
         left = [self._text(source, row, 0) for row in rows]

@@ -1,8 +1,6 @@
-"""Many texts through the encoder with little padding.
+"""Many texts through the encoder: micro-batches in, embeddings in the order asked for out.
 
-`tokenize` takes the texts of one batch, all roles together: it keeps each distinct (prompt, length, text) once, sorts
-by length, and cuts into micro-batches of a token budget. `embed` runs them and puts the embeddings back in order. Both
-training and evaluation go this way.
+`codiemb.encoder.tokens` makes the micro-batches, `embed` runs them. Both training and evaluation go this way.
 
 Cached gradients (GradCache, Gao et al., 2021): a loss needs all embeddings of a step at once, but the activations of a
 micro-batch only while the gradient passes through it. So `embed` can run micro-batches that keep nothing but their
@@ -16,12 +14,11 @@ same texts, and each encodes its share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
@@ -29,35 +26,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.model import hidden_states
+from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
-
-_PIECE = 2048  # texts tokenised at once
-Features = dict[str, Any]
-
-
-class Text(NamedTuple):
-    """A text with what its role puts before it and keeps of it."""
-
-    text: str
-    prompt: str
-    max_length: int | None
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokenised distinct texts.
-
-    Attributes:
-        micro_batches: features for the encoder, texts of like length together.
-        place: int64 [text], where each text asked for stands among the concatenated outputs.
-        real: tokens without padding.
-        padded: tokens with padding.
-    """
-
-    micro_batches: list[Features]
-    place: Int[Tensor, " text"]
-    real: int
-    padded: int
 
 
 class Embeddings(NamedTuple):
@@ -65,36 +35,6 @@ class Embeddings(NamedTuple):
 
     final: Float[Tensor, "text dim"]
     middle: Float[Tensor, "text hidden"] | None
-
-
-def micro_batch_tokens(encoder: SentenceTransformer) -> int:
-    """Tokens of a micro-batch, padding included; more would only cost memory traffic."""
-    return 16384 if encoder.device.type == "cuda" else 2048
-
-
-def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | None = None) -> Tokens:
-    """Tokens of `texts`, de-duplicated, sorted by length, in micro-batches of at most `budget` tokens with padding."""
-    budget = budget or micro_batch_tokens(encoder)
-    distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    groups: dict[tuple[str, int | None], list[Text]] = {}
-    for text in distinct:
-        groups.setdefault((text.prompt, text.max_length), []).append(text)
-    micro_batches: list[Features] = []
-    order: list[int] = []
-    for (prompt, max_length), group in groups.items():
-        # Tokenised in pieces sorted by characters, so that one long text does not pad ten thousand short ones.
-        group.sort(key=lambda text: len(text.text), reverse=True)
-        for start in range(0, len(group), _PIECE):
-            piece = group[start : start + _PIECE]
-            features = encoder.preprocess([text.text for text in piece], prompt=prompt or None, max_length=max_length)
-            for places, micro_batch in _cut(features, budget):
-                micro_batches.append(micro_batch)
-                order += [distinct[piece[place]] for place in places]
-    position = torch.empty(len(distinct), dtype=torch.int64)
-    position[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-    place = position[torch.tensor([distinct[text] for text in texts], dtype=torch.int64)]
-    masks = [features["attention_mask"] for features in micro_batches]
-    return Tokens(micro_batches, place, int(sum(mask.sum() for mask in masks)), sum(mask.numel() for mask in masks))
 
 
 def embed(
@@ -140,8 +80,8 @@ def encode(
     rows: dict[Text, int] = {}
     parts = []
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(distinct), _PIECE):
-            piece = distinct[start : start + _PIECE]
+        for start in range(0, len(distinct), PIECE):
+            piece = distinct[start : start + PIECE]
             tokens = tokenize(encoder, piece)
             moved = [{key: _to(value, device) for key, value in batch.items()} for batch in tokens.micro_batches]
             parts.append(torch.nn.functional.normalize(embed(encoder, moved, tokens.place.to(device)).final, dim=-1))
@@ -197,36 +137,6 @@ def pool_middle(encoder: SentenceTransformer, output: Features) -> Float[Tensor,
         if isinstance(module, Pooling):
             return module({**output, "token_embeddings": layers[len(layers) // 2]})["sentence_embedding"]
     raise TypeError("the encoder has no Pooling module, so a middle layer cannot be pooled (mid_nce)")
-
-
-def _cut(features: Features, budget: int) -> list[tuple[list[int], Features]]:
-    """Rows of padded features, longest first, in micro-batches of at most `budget` padded tokens, trimmed."""
-    mask = features["attention_mask"]
-    lengths = mask.sum(dim=1)
-    order = lengths.argsort(descending=True, stable=True)
-    pieces = []
-    start = 0
-    while start < len(order):
-        width = _multiple_of_8(int(lengths[order[start]]), mask.shape[1])
-        rows = order[start : start + max(1, budget // max(1, width))]
-        start += len(rows)
-        kept = mask[rows].any(dim=0).nonzero().flatten()
-        first, last = (int(kept[0]), int(kept[-1])) if len(kept) else (0, 0)
-        # Padding stands on one side; keep a multiple of 8 columns towards it.
-        if first == 0:
-            columns = slice(0, min(_multiple_of_8(last + 1, mask.shape[1]), mask.shape[1]))
-        else:
-            columns = slice(max(0, mask.shape[1] - _multiple_of_8(mask.shape[1] - first, mask.shape[1])), mask.shape[1])
-        cut = {
-            key: value[rows][:, columns] if isinstance(value, Tensor) and value.shape == mask.shape else value
-            for key, value in features.items()
-        }
-        pieces.append((rows.tolist(), cut))
-    return pieces
-
-
-def _multiple_of_8(length: int, most: int) -> int:
-    return min(-(-length // 8) * 8, most)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -22,8 +22,8 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from codiemb.config import ROLES
-from codiemb.encoder.engine import micro_batch_tokens
 from codiemb.encoder.model import max_length
+from codiemb.encoder.tokens import micro_batch_tokens
 from codiemb.errors import ConfigError
 
 GB = 1e9

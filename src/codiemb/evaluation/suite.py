@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 from codiemb.config import ROLES, Source
 from codiemb.data.store import load_records
 from codiemb.distributed import from_first, rank, world_size
-from codiemb.encoder.engine import Text, encode_on_all_ranks, encode_share
+from codiemb.encoder.engine import encode_on_all_ranks, encode_share
 from codiemb.encoder.model import instructed, max_length, prompt
+from codiemb.encoder.tokens import Text
 from codiemb.evaluation import retrieval, similarity
 from codiemb.files import write_whole
 from codiemb.versions import versions

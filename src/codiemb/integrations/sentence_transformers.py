@@ -26,8 +26,9 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from codiemb.distributed import joined, scale_gradient, world_size
-from codiemb.encoder.engine import Features, pool_middle
+from codiemb.encoder.engine import pool_middle
 from codiemb.encoder.model import hidden_states
+from codiemb.encoder.tokens import Features
 from codiemb.integrations.same_dataset import SameDatasetBatchSampler
 from codiemb.losses.objective import Pairs, pairs
 from codiemb.losses.retrieval import info_nce

@@ -27,6 +27,7 @@ _FREE = (
             "dataloader_num_workers",
             "ddp_timeout",
             "logging_steps",
+            "memory_budget",
             "rank_check_steps",
             "report_to",
             "run_name",

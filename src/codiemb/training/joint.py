@@ -7,7 +7,6 @@ and tasks a step holds.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from codiemb.config import Losses
 from codiemb.distributed import gathered, joined, most, scale_gradient, summed, world_size
-from codiemb.encoder.engine import Features, embed
+from codiemb.encoder.engine import embed
 from codiemb.encoder.memory import Memory
+from codiemb.encoder.tokens import Features
 from codiemb.losses.objective import SHAPES, Lists, Objective, Pairs, RunningScale, matryoshka
 from codiemb.losses.retrieval import Groups
 from codiemb.tasks import TASKS
@@ -49,12 +49,27 @@ class JointModel(nn.Module):
         self.emphasis = {"lists": 2 * losses.emphasis, "pairs": 2 * (1 - losses.emphasis)}
         self.balance = RunningScale() if losses.balance == "magnitude" else None
 
-    def forward(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """The loss of a step (the sum over its batches), and the objective of each batch, detached."""
-        scaled, seen = [], []
-        cached = self._cached([batch["micro_batches"] for batch in batches])
-        for batch, first in zip(batches, cached, strict=True):
-            objective = _over_ranks(self._objective(batch, first))
+    def forward(self, batches: list[dict[str, Any]], micro_batches: list[Features]) -> dict[str, Any]:
+        """The loss of a step (the sum over its batches), and the objective of each batch, detached.
+
+        Args:
+            batches: what each objective needs, with the `place` of its texts among the outputs of `micro_batches`.
+            micro_batches: the tokens of all texts.
+        """
+        place = torch.cat([batch["place"] for batch in batches])
+        cached = 0 if self.memory is None else self.memory.cached(micro_batches)
+        if self.sharded:  # what is done again to keep step with other ranks stands behind, where no text has its place
+            again = most(len(micro_batches), place.device) - len(micro_batches)
+            micro_batches = micro_batches + again * micro_batches[-1:]
+            cached = most(cached, place.device)  # what runs again exchanges weights again
+        middle = any(self._takes_middle(batch["task"]) for batch in batches)
+        final, hidden = embed(self.encoder, micro_batches, place, middle, cached)
+        scaled, seen, start = [], [], 0
+        for batch in batches:
+            own = slice(start, start + len(batch["place"]))
+            start = own.stop
+            of_middle = hidden[own] if hidden is not None and self._takes_middle(batch["task"]) else None
+            objective = _over_ranks(self._objective(batch, final[own], of_middle))
             loss = (self.balance(batch["task"], objective) if self.balance else objective).loss
             scaled.append(loss * self.emphasis[TASKS[batch["task"]].shape])
             seen.append(
@@ -66,14 +81,8 @@ class JointModel(nn.Module):
             )
         return {"loss": scale_gradient(torch.stack(scaled).sum(), world_size()), "objectives": seen}
 
-    def _cached(self, micro_batches: list[list[Features]]) -> list[int]:
-        """For each batch, how many of its micro-batches run again in the backward pass: those of the step's first."""
-        left = 0 if self.memory is None else self.memory.cached(list(chain(*micro_batches)))
-        counts = []
-        for listed in micro_batches:
-            counts.append(min(left, len(listed)))
-            left -= counts[-1]
-        return counts
+    def _takes_middle(self, task: str) -> bool:
+        return TASKS[task].shape == "pairs" and self.losses[task]["mid_nce"] > 0
 
     @property
     def _no_split_modules(self) -> list[str]:
@@ -82,15 +91,8 @@ class JointModel(nn.Module):
         present = {type(module).__name__ for module in self.encoder.modules()}
         return sorted(present & set(known))
 
-    def _objective(self, batch: dict[str, Any], cached: int) -> Objective:
+    def _objective(self, batch: dict[str, Any], final: Tensor, hidden: Tensor | None) -> Objective:
         shape, settings = TASKS[batch["task"]].shape, self.losses[batch["task"]]
-        middle = shape == "pairs" and settings["mid_nce"] > 0
-        micro_batches = batch["micro_batches"]
-        if self.sharded:  # what is done again to keep step with other ranks stands behind, where no text has its place
-            again = most(len(micro_batches), batch["place"].device) - len(micro_batches)
-            micro_batches = micro_batches + again * micro_batches[-1:]
-            cached = most(cached, batch["place"].device)  # what runs again exchanges weights again
-        final, hidden = embed(self.encoder, micro_batches, batch["place"], middle, cached)
         with torch.autocast(final.device.type, enabled=False):
             embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
             if isinstance(embeddings, Lists) and settings["type"] == "info_nce" and settings["chunk_size"] is None:

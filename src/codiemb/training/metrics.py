@@ -43,8 +43,10 @@ class MetricsLog(TrainerCallback):
         self.learning_rate = 0.0
         self.mark = self.tokens = self.seconds = 0.0
 
-    def observe(self, batches: list[dict[str, Any]], objectives: list[dict[str, Any]]) -> None:
-        """Takes what a step computed; called inside it."""
+    def observe(self, inputs: dict[str, Any], objectives: list[dict[str, Any]]) -> None:
+        """Takes what a step was given and computed; called inside it."""
+        batches = inputs["batches"]
+        counts = [sum(batch["rows"] for batch in batches), inputs["tokens"], inputs["padded_tokens"]]
         shared = Counter(name for objective in objectives for name in objective["parts"])
         parts = {
             f"loss/{name}" if shared[name] == 1 else f"loss/{batch['task']}/{name}": value
@@ -57,7 +59,7 @@ class MetricsLog(TrainerCallback):
             "task": "+".join(batch["task"] for batch in batches),
             "loss": torch.stack([objective["loss"] for objective in objectives]).sum(),
             **parts,
-            "counts": total([sum(batch[name] for batch in batches) for name in COUNTS], objectives[0]["loss"].device),
+            "counts": total(counts, objectives[0]["loss"].device),
             "candidates_per_query": contrastive[0] if contrastive else None,
         }
         self.by_task = {batch["task"]: objective["loss"] for batch, objective in zip(batches, objectives, strict=True)}

@@ -90,8 +90,8 @@ class JointTrainer(Trainer):
         if self.state.global_step % self.rank_check_steps == 0:
             held: dict[str, str | int] = {"source": "+".join(batch["source"] for batch in inputs["batches"])}
             agree({"step": self.state.global_step + 1, **held}, f"at step {self.state.global_step + 1}")
-        outputs = model(**inputs)
-        self.step_log.observe(inputs["batches"], outputs["objectives"])
+        outputs = model(inputs["batches"], inputs["micro_batches"])
+        self.step_log.observe(inputs, outputs["objectives"])
         return outputs["loss"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
