@@ -93,7 +93,7 @@ class MetricsLog(TrainerCallback):
             self.bar.update(1)
         if state.global_step % args.logging_steps == 0:
             self.write()
-        self.mark = time.perf_counter()
+        self.mark = now  # writing waits for the device, and that wait is a step's time
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restart_clock()
