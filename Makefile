@@ -34,5 +34,12 @@ bench: install
 	$(BIN)/python benchmarks/door.py
 	$(BIN)/python benchmarks/scaling.py
 
+# On a machine with a GPU: its tests, and training beside sentence-transformers with an encoder of bge-large's size.
+DATA ?= ../shared/data
+gpu: install
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/train.py $(DATA) --model large --dtype bf16 --warm-up 10 --steps 20 \
+		--sides ours theirs ours-dropout theirs-dropout0 --out benchmarks/results/gpu.jsonl
+
 clean:
 	rm -rf .venv

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from flops import forward_flops, matmul_flops
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -135,30 +136,6 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
     }
-
-
-def forward_flops(config: Any, length: int) -> float:
-    """Multiplications and additions of the matrix products of one text's forward pass."""
-    width, inner = config.hidden_size, config.intermediate_size
-    weights = config.num_hidden_layers * (4 * width * width + 2 * width * inner)
-    return 2.0 * weights * length + 4.0 * config.num_hidden_layers * width * length * length
-
-
-def matmul_flops(dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """The best FLOP/s of square matrix products of several sizes."""
-    cuda = torch.cuda.is_available()
-    best = 0.0
-    for size in (1024, 2048, 4096, 8192) if cuda else (512, 1024, 2048):
-        left = torch.randn(size, size, device="cuda" if cuda else "cpu").to(dtype)
-        right = torch.randn_like(left)
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            started = time.perf_counter()
-            left @ right
-            if cuda:
-                torch.cuda.synchronize()
-            best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 def make_model(task: dict[str, Any]) -> None:

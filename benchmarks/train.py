@@ -22,6 +22,8 @@ counts it. The sides, of which `--sides` takes some:
     theirs-eager    as `theirs`, with eager attention in place of SDPA
     ours-2gb        as `ours`, within `train.memory_budget: 2`
 
+A figure is worth reporting when `share_of_machine_taken_by_others` is near 0 on all sides.
+
 Prints one JSON line a workload and number type, with medians over `--repeats` turns, the spread, and ratios taken
 within each turn. With `--out FILE` lines are appended, and what the file holds already is not run again. On two cores
 a turn of the first four sides takes about 1 (short), 3 (long) and 3 (mixed) minutes in fp32.
@@ -40,6 +42,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["bundled", "large", "tiny"], default="bundled")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, help="steps counted, in place of each workload's own")
+    parser.add_argument("--warm-up", type=int, help="steps not counted, in place of each workload's own")
     parser.add_argument("--out", type=Path, help="a file of results, appended to")
     arguments = parser.parse_args()
     for name in arguments.only:
@@ -141,12 +145,14 @@ def done(asked: dict[str, Any], out: Path | None) -> bool:
 def compare(name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """All sides of one workload, in turn, `--repeats` times."""
     workload, before = WORKLOADS[name], machine()
-    steps = workload.warm_up + (arguments.steps or workload.steps - workload.warm_up)
+    warm_up = workload.warm_up if arguments.warm_up is None else arguments.warm_up
+    steps = warm_up + (arguments.steps or workload.steps - workload.warm_up)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         rows = ROWS[workload.task](arguments.data / workload.path, workload, workload.rows * steps)
         write_rows(folder, rows, workload)
-        spec = asdict(workload) | {"steps": steps, "dtype": dtype, "model": arguments.model, "folder": str(folder)}
+        spec = asdict(workload) | {"warm_up": warm_up, "steps": steps, "dtype": dtype, "folder": str(folder)}
+        spec |= {"model": arguments.model}
         work = worker("work", spec)
         runs: dict[str, list[dict[str, float]]] = {side: [] for side in arguments.sides}
         for turn in range(arguments.repeats):
@@ -158,7 +164,7 @@ def compare(name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, A
         "benchmark": "train",
         "against": arguments.against,
         "repeats": arguments.repeats,
-        "steps_counted": steps - workload.warm_up,
+        "steps_counted": steps - warm_up,
         "rows_per_step": workload.rows,
         "sides_measured": {side: summary(turns, workload, work) for side, turns in runs.items()},
         "ratios": {
@@ -185,6 +191,7 @@ def summary(turns: list[dict[str, float]], workload: Workload, work: dict[str, A
         "rows_per_second": round(workload.rows / seconds["median"], 2),
         "tokens_per_second": round(work["tokens_per_step"] / seconds["median"]),
         "peak_gb": spread([turn["peak_gb"] for turn in turns]),
+        "share_of_machine_taken_by_others": round(max(turn["others"] for turn in turns), 2),
         "page_faults_per_step": round(median(turn["page_faults"] for turn in turns)),
         "gflops": round(flops / 1e9, 1),
         "percent_of_peak": round(100 * flops / (work["matmul_gflops"] * 1e9), 1),
@@ -204,25 +211,30 @@ def run(side: str, spec: dict[str, Any]) -> dict[str, float]:
     if chosen.ours:
         config = folder / "config.json"  # JSON is YAML
         config.write_text(json.dumps(our_config(chosen, spec)), encoding="utf-8")
-        peak, faults = measured([sys.executable, "-m", "codiemb", "train", str(config), "--overwrite"])
+        usage = measured([sys.executable, "-m", "codiemb", "train", str(config), "--overwrite"])
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         seconds = [json.loads(line)["seconds"] for line in lines]
     else:
         task = folder / "task.json"
         task.write_text(json.dumps(spec | asdict(chosen) | {"result": str(result)}), encoding="utf-8")
-        peak, faults = measured([sys.executable, str(HERE / "their_training.py"), "train", str(task)])
+        usage = measured([sys.executable, str(HERE / "their_training.py"), "train", str(task)])
         seconds = json.loads(result.read_text(encoding="utf-8"))["seconds"]
     counted = seconds[spec["warm_up"] :]
     return {
         "seconds": sum(counted) / len(counted),
-        "peak_gb": peak / 1e9,
-        "page_faults": faults / spec["steps"],
+        "peak_gb": usage["peak"] / 1e9,
+        "page_faults": usage["faults"] / spec["steps"],
+        "others": usage["others"],
     }
 
 
-def measured(command: list[str]) -> tuple[int, int]:
-    """Peak memory in bytes, and minor page faults, of a command that must succeed."""
+def measured(command: list[str]) -> dict[str, float]:
+    """Peak memory in bytes, minor page faults, and the share of the machine that others took meanwhile.
+
+    The command must succeed.
+    """
     with tempfile.TemporaryFile("w+") as output:
+        started, busy = time.perf_counter(), busy_seconds()
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
@@ -231,7 +243,15 @@ def measured(command: list[str]) -> tuple[int, int]:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} failed:\n{output.read()[-3000:]}")
-    return usage.ru_maxrss * 1024, usage.ru_minflt
+    others = busy_seconds() - busy - usage.ru_utime - usage.ru_stime
+    share = max(0.0, others / (time.perf_counter() - started) / (os.cpu_count() or 1))
+    return {"peak": usage.ru_maxrss * 1024, "faults": usage.ru_minflt, "others": share}
+
+
+def busy_seconds() -> float:
+    """Seconds that all processors have worked since the machine started (Linux)."""
+    user, nice, system, _, _, interrupts, soft = map(int, Path("/proc/stat").read_text().split()[1:8])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def worker(verb: str, spec: dict[str, Any]) -> dict[str, Any]:
