@@ -38,7 +38,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from codiemb.training.checkpoint import checkpoints, newest_whole
 from codiemb.versions import versions
 
-STEPS, SAVED_EVERY, KEPT = 240, 2, 3
+STEPS, SAVED_EVERY, KEPT = 240, 2, 2
 SILENCE = 15  # seconds of train.ddp_timeout
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -58,7 +58,7 @@ def main() -> None:
             chaos = Chaos(Path(folder), disk, processes, random.Random(arguments.seed + processes))
             facts = chaos.play(arguments.kills // share, arguments.terms // share)
             print(json.dumps({"benchmark": "chaos", **facts, **machine(), "versions": versions(), "commit": commit()}))
-            sound = sound and facts["weights_bit_identical"] and facts["every_step_once"]
+            sound = sound and facts["weights_bit_identical"] and facts["every_step_once"] and facts["losses_identical"]
     sys.exit(0 if sound else 1)
 
 
@@ -167,7 +167,7 @@ class Chaos:
                 fill(filler)
             code = process.wait(120)
         filler.unlink(missing_ok=True)
-        errors = [line for line in self.said.read_text().splitlines() if line.startswith("error: folder")]
+        errors = [line for line in self.said.read_text().splitlines() if line.startswith("error: writing")]
         assert len(errors) == 1, self.said.read_text()
         assert code != 0
         assert not (self.run / ".writing").exists()

@@ -58,7 +58,7 @@ def told_of_full_disk(folder: Path, unfinished: Path) -> Iterator[None]:
             raise
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"folder {folder}",
+            f"writing {getattr(error, 'filename', None) or folder}",
             got=str(error).splitlines()[0],
             expected="room to write",
             fix="free some disk, then go on with --resume",

@@ -96,6 +96,19 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(folder):
 
 
 @pytest.mark.slow
+def test_a_signal_to_torchrun_with_loader_workers_leaves_a_checkpoint(folder):
+    """torchrun signals the whole group of processes, workers among them."""
+    workers = "train.dataloader_num_workers=1"
+    process = start(folder, "workers", TORCHRUN, workers, "train.save_steps=1000", "train.logging_steps=1")
+    wait_for(folder / "workers" / "metrics.jsonl", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) != 0
+    assert len(list((folder / "workers").glob("checkpoint-*"))) == 1, (folder / "workers.txt").read_text()
+    assert start(folder, "workers", TORCHRUN, workers, "--resume").wait(300) == 0
+    assert_same_run(folder, "workers", tolerance=0)
+
+
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_plan_of_two(folder):
     """Without dropout, which is drawn by each process for its own rows."""
     process = start(folder, "fewer", TORCHRUN, "model.dropout={hidden: 0, attention: 0}")

@@ -15,8 +15,11 @@ import pytest
 import yaml
 import zstandard
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from codiemb import cli
+from codiemb.training import checkpoint
 from tests.conftest import needs_peft
 from tests.integration.conftest import PAIRS, QUERIES
 
@@ -650,7 +653,19 @@ def test_resume_with_another_base(unfinished, tmp_path):
     tensors = load_file(tmp_path / "other" / "model.safetensors")
     save_file({name: weight + 0.1 for name, weight in tensors.items()}, tmp_path / "other" / "model.safetensors")
     unfinished.write("config.yaml", yaml.safe_dump(unfinished.config))
-    unfinished.refused("--resume, model.base", "other weights", arguments=("--resume",))
+    unfinished.refused("--resume, model.base", "another model", arguments=("--resume",))
+
+
+def test_resume_with_another_pooling_of_the_base(unfinished, monkeypatch):
+    """Same weights, other embeddings."""
+    monkeypatch.setattr("codiemb.encoder.model.SentenceTransformer", with_cls_pooling)
+    unfinished.refused("--resume, model.base", "another model", arguments=("--resume",))
+
+
+def with_cls_pooling(*arguments, **settings):
+    model = SentenceTransformer(*arguments, **settings)
+    model[1] = Pooling(8, "cls")
+    return model
 
 
 def test_resume_with_other_settings(unfinished):
@@ -755,6 +770,50 @@ def test_a_second_ctrl_c_ends_at_once(workplace, monkeypatch):
     assert shown.endswith("checkpoint-2; go on with --resume\n")
 
 
+def test_a_signal_in_the_last_checkpoint_is_not_lost(workplace, monkeypatch):
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 1}
+    seal = checkpoint.seal
+
+    def signalled(folder, **what):
+        if what["step"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seal(folder, **what)
+
+    monkeypatch.setattr(checkpoint, "seal", signalled)
+    assert ends_with(143, workplace).endswith("checkpoint-2; go on with --resume\n")
+
+
+def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(workplace, monkeypatch):
+    """A signal in the evaluation ends it at once; what was trained is kept."""
+    workplace.config["evaluation"] = {"suite": "suite.yaml", "every_steps": 2}
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    workplace.write("suite.yaml", yaml.safe_dump([{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]))
+
+    def evaluate(encoder, suite, out, **settings):
+        if out.name == "step-2":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"pairs": {"spearman": 0.0, "pearson": 0.0}}
+
+    monkeypatch.setattr("codiemb.training.run.evaluate_suite", evaluate)
+    assert ends_with(143, workplace).endswith("checkpoint-2; go on with --resume\n")
+    assert not (workplace.folder / "run" / "checkpoint-4").exists()
+
+
+def test_a_signal_at_the_end_of_an_epoch_writes_its_checkpoint_once(workplace, monkeypatch):
+    """The second would take the place of the first, and for a moment there would be none."""
+    workplace.config["train"] |= {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    sealed, seal = [], checkpoint.seal
+
+    def sealing(folder, **what):
+        sealed.append(what["step"])
+        seal(folder, **what)
+
+    monkeypatch.setattr(checkpoint, "seal", sealing)
+    at_step(2, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    ends_with(143, workplace)
+    assert sealed == [2]
+
+
 def test_a_signal_while_the_base_is_scored_ends_at_once(workplace, monkeypatch):
     workplace.config["evaluation"] = {"suite": "suite.yaml"}
     workplace.write("suite.yaml", yaml.safe_dump([{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]))
@@ -795,7 +854,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_checkpoints(workpl
 
     at_step(2, monkeypatch, lambda: monkeypatch.setattr("torch.save", full))
     shown = ends_with(2, workplace)
-    assert shown.startswith(f"error: folder {workplace.folder / 'run'}: got [Errno 28] No space left on device")
+    assert shown.startswith(f"error: writing {workplace.folder / 'run'}: got [Errno 28] No space left on device")
     assert "--resume" in shown
     run = workplace.folder / "run"
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]

@@ -108,9 +108,15 @@ def test_training_changes_every_layer_and_lowers_the_loss(config_file, tmp_path,
     assert any(not torch.equal(before[name], after[name]) for name in before if "layer.0." in name)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("workers", "save_steps"),
+    [(0, 3), pytest.param(1, 3, marks=pytest.mark.slow), pytest.param(1, 7, marks=pytest.mark.slow)],
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, monkeypatch, workers, save_steps):
+    """From the middle of an epoch and from its end (7 steps); with workers, whose start draws random numbers."""
     dropout = "model.dropout.hidden=0.1"
-    train(load_config(config_file, [dropout, f"output_dir={tmp_path / 'whole'}"]))
+    more = [f"train.dataloader_num_workers={workers}", f"train.save_steps={save_steps}"]
+    train(load_config(config_file, [dropout, f"output_dir={tmp_path / 'whole'}", "train.save_strategy=no"]))
     original = MetricsLog.on_step_begin
 
     def stop(self, args, state, control, **kwargs):
@@ -118,14 +124,14 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
             raise KeyboardInterrupt  # as if it were killed: no checkpoint is written for it
         original(self, args, state, control, **kwargs)
 
-    config = load_config(config_file, [dropout])
+    config = load_config(config_file, [dropout, *more])
     monkeypatch.setattr(MetricsLog, "on_step_begin", stop)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(ConfigError, match=r"--resume, seed 7 \(was 42\): got other settings"):
-        train(load_config(config_file, [dropout, "seed=7"]), resume=True)
+        train(load_config(config_file, [dropout, *more, "seed=7"]), resume=True)
     train(config, resume=True)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

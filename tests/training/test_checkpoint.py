@@ -15,7 +15,7 @@ def write(run, step, content=b"weights"):
     (written / "1_Pooling").mkdir(parents=True)
     (written / "model.safetensors").write_bytes(content)
     (written / "1_Pooling" / "config.json").write_text("{}")
-    seal(written, step=step, world_size=2, facts={"seed": "42"}, versions={"torch": "2"})
+    seal(written, step=step, world_size=2, facts={"seed": "42"}, environment={"threads": 2})
     replace(written, run / f"checkpoint-{step}")
     return run / f"checkpoint-{step}"
 
@@ -23,7 +23,7 @@ def write(run, step, content=b"weights"):
 def test_a_sealed_folder_is_verified_and_says_what_it_is(tmp_path):
     found = verify(write(tmp_path, 7))
     assert (found.path, found.step, found.world_size) == (tmp_path / "checkpoint-7", 7, 2)
-    assert (found.facts, found.versions) == ({"seed": "42"}, {"torch": "2"})
+    assert (found.facts, found.environment) == ({"seed": "42"}, {"threads": 2})
     listed = json.loads((found.path / MANIFEST).read_text())["files"]
     # echo -n weights | sha256sum
     assert listed["model.safetensors"] == {
@@ -39,6 +39,11 @@ def cut(folder):
 
 def change(folder):
     (folder / "model.safetensors").write_bytes(b"Weights")
+
+
+def rename(folder):
+    manifest = folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"step": ', '"step": 7'))
 
 
 def lose(folder):
@@ -62,6 +67,7 @@ def empty_manifest(folder):
     [
         (cut, "model.safetensors: got 6 bytes, expected 7 bytes"),
         (change, "model.safetensors: got another content"),
+        (rename, "manifest.json: got step 7"),
         (lose, "1_Pooling/config.json: got no file"),
         (lose_manifest, "manifest.json: got nothing there"),
         (cut_manifest, "manifest.json: got JSONDecodeError"),
@@ -80,6 +86,18 @@ def test_damage_is_found_and_an_older_checkpoint_taken(tmp_path, damage, said):
     damage(tmp_path / "checkpoint-9")
     with pytest.raises(CheckpointError, match="no checkpoint is whole"):
         newest_whole(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    """As a bad block of a disk: the file has its size, and reading it fails."""
+    write(tmp_path, 3)
+
+    def unreadable(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("codiemb.training.checkpoint._sha256", unreadable)
+    with pytest.raises(CheckpointError, match=r"checkpoint-3/\S+: got \[Errno 5\] Input/output error"):
+        verify(tmp_path / "checkpoint-3")
 
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
@@ -105,7 +123,7 @@ def test_the_limit_never_removes_the_checkpoint_just_written(tmp_path, limit, ke
     cut(tmp_path / "checkpoint-90")
     keep_newest(tmp_path, limit, tmp_path / "checkpoint-40")
     assert {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(tmp_path)} == kept
-    assert not (tmp_path / ".removing").exists()
+    assert not list(tmp_path.glob(".removing*"))
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
@@ -114,7 +132,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
 
 
 def test_what_a_dead_process_left_is_cleaned(tmp_path):
-    for name in (".writing/checkpoint-4", ".removing"):
+    for name in (".writing/checkpoint-4", ".removing-checkpoint-2"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     clean(tmp_path)

@@ -6,6 +6,7 @@ and nothing is made up: a query with fewer positives or negatives than asked for
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -38,10 +39,18 @@ class StepLoader(DataLoader):
             collate_fn=_only,
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else each new iterator draws from the generator of dropout
         )
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """torchrun and terminals signal all processes of a group; a worker that died of it would end the step in hand."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _StepSampler:

@@ -34,14 +34,14 @@ class Checkpoint:
         step: optimizer steps done.
         world_size: processes it was written by.
         facts: what the run was, see `codiemb.training.facts`.
-        versions: of the libraries it was written with.
+        environment: versions, device and what else roundings depend on.
     """
 
     path: Path
     step: int
     world_size: int
     facts: dict[str, str]
-    versions: dict[str, str]
+    environment: dict[str, Any]
 
 
 def seal(folder: Path, **what: Any) -> None:
@@ -68,18 +68,24 @@ def verify(folder: Path) -> Checkpoint:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in content["files"].items()}
         checkpoint = Checkpoint(
-            folder, content["step"], content["world_size"], dict(content["facts"]), dict(content["versions"])
+            folder, content["step"], content["world_size"], dict(content["facts"]), dict(content["environment"])
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         got = "nothing there" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} ({error})"
         raise _damaged(manifest, got, "the manifest of a complete checkpoint") from None
+    if folder.name != f"checkpoint-{checkpoint.step}":
+        raise _damaged(manifest, f"step {checkpoint.step}", "the step in the folder's name")
     for path, (size, _) in files.items():
         found = path.stat().st_size if path.is_file() else None
         if found != size:
             raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{size} bytes")
     with ThreadPoolExecutor() as threads:
-        for path, found in zip(files, threads.map(_sha256, files), strict=True):
-            if found != files[path][1]:
+        for path, hashed in {path: threads.submit(_sha256, path) for path in files}.items():
+            try:
+                same = hashed.result() == files[path][1]
+            except OSError as error:
+                raise _damaged(path, error, "a file that can be read") from None
+            if not same:
                 raise _damaged(path, "another content", "what was written (SHA-256 in manifest.json)")
     return checkpoint
 
@@ -116,22 +122,29 @@ def keep_newest(run: Path, limit: int | None, whole: Path) -> None:
     step = int(whole.name.removeprefix("checkpoint-"))
     older = [path for path in others if int(path.name.removeprefix("checkpoint-")) < step]
     for path in [] if limit is None else [path for path in others if path not in older[: limit - 1]]:
-        os.replace(path, run / REMOVING)  # a folder that is half gone bears no name of a checkpoint
-        shutil.rmtree(run / REMOVING)
+        shutil.rmtree(_put_aside(path), ignore_errors=True)
 
 
 def clean(run: Path) -> None:
     """Removes what a process that died has left half done."""
-    for name in (WRITING, REMOVING):
-        shutil.rmtree(run / name, ignore_errors=True)
+    for path in (run / WRITING, *run.glob(f"{REMOVING}*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def replace(written: Path, final: Path) -> None:
     """Publishes a sealed checkpoint, in the place of a damaged one of the same step if there is one."""
     if final.exists():
-        os.replace(final, final.parent / REMOVING)
-        shutil.rmtree(final.parent / REMOVING)
+        _put_aside(final)
     publish(written, final)
+    clean(final.parent)
+
+
+def _put_aside(folder: Path) -> Path:
+    """Under a name that is no checkpoint's, since a folder may be left half removed."""
+    aside = folder.with_name(f"{REMOVING}-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    return aside
 
 
 def _sha256(path: Path) -> str:
@@ -142,7 +155,7 @@ def _sha256(path: Path) -> str:
     return found.hexdigest()
 
 
-def _damaged(path: Path, got: str, expected: str) -> CheckpointError:
+def _damaged(path: Path, got: str | OSError, expected: str) -> CheckpointError:
     return CheckpointError(
         f"file {path}", got=got, expected=expected, fix="bring the file back, or remove this checkpoint"
     )

@@ -34,7 +34,7 @@ from codiemb.files import nearest_folder, publish, require_folder, told_of_full_
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
-from codiemb.training.facts import facts_of, require_same_run
+from codiemb.training.facts import changed, facts_of, require_same_run
 from codiemb.training.sharding import require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
@@ -132,7 +132,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         agree({**facts, **{f"version of {name}": found for name, found in versions().items()}}, "before the first step")
         trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop])
         if config.evaluation.every_steps and suite:
-            trainer.add_callback(_EvaluateDuring(trainer, suite, config.evaluation.every_steps))
+            trainer.add_callback(_EvaluateDuring(trainer, stop, suite, config.evaluation.every_steps))
 
         logger.info(prepared.report.text())
         logger.info(_settings_text(prepared, trainer))
@@ -142,8 +142,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
         with without_head(encoder, config.model):
             base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
+        if checkpoint is not None:
+            stop.newest = checkpoint.path
         if resume:
-            logger.info("\n".join([*passed_over, _resuming_text(run, checkpoint)]))
+            logger.info("\n".join([*passed_over, _resuming_text(run, checkpoint, trainer.environment)]))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
@@ -241,17 +243,14 @@ def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> tuple[
     return None, []
 
 
-def _resuming_text(run: Path, checkpoint: Checkpoint | None) -> str:
+def _resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[str, Any]) -> str:
     if checkpoint is None:
         return f"nothing to resume from: {run} was stopped before its first checkpoint; starting from the beginning"
     text = f"resuming from {checkpoint.path}"
     if checkpoint.world_size != world_size():
         text += f", written by {checkpoint.world_size} process(es): the same plan goes on on {world_size()}"
-    now = versions()
-    if changed := [name for name, version in checkpoint.versions.items() if now.get(name) != version]:
-        text += "; other versions than it was written with, so roundings may differ: " + ", ".join(
-            f"{name} {now.get(name, 'absent')} (was {checkpoint.versions[name]})" for name in changed
-        )
+    if differences := changed(checkpoint.environment, environment):
+        text += "; roundings may differ, by " + ", ".join(differences)
     return text
 
 
@@ -263,20 +262,11 @@ def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: J
             shutil.rmtree(checkpoint)
     clean(run)
     run.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "versions": versions(),
-        "device": str(trainer.args.device),
-        "device_name": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "world_size": world_size(),
-        "bf16": trainer.args.bf16,
-        "seed": prepared.config.seed,
-    }
     write_whole(run / "config.yaml", dump_config(prepared.config))
     write_whole(run / "plan.json", json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n")
-    write_whole(run / "environment.json", json.dumps(environment, indent=2) + "\n")
+    write_whole(
+        run / "environment.json", json.dumps({**trainer.environment, "seed": prepared.config.seed}, indent=2) + "\n"
+    )
 
 
 def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
@@ -298,15 +288,19 @@ def _evaluate(encoder: SentenceTransformer, suite: list[Source], out: Path, when
 
 
 class _EvaluateDuring(TrainerCallback):
-    """Evaluates the suite every so many steps, into eval/step-<n>."""
+    """Evaluates the suite every so many steps, into eval/step-<n>.
 
-    def __init__(self, trainer: JointTrainer, suite: list[Source], every: int) -> None:
-        self.trainer, self.suite, self.every = trainer, suite, every
+    Before the next step begins: a checkpoint of the step is written by then, whatever happens during the evaluation.
+    """
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+    def __init__(self, trainer: JointTrainer, stop: StopOnSignal, suite: list[Source], every: int) -> None:
+        self.trainer, self.stop, self.suite, self.every = trainer, stop, suite, every
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step and state.global_step % self.every == 0:
             step = f"step-{state.global_step}"
-            _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
+            with self.stop.at_once():
+                _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
             self.trainer.step_log.restart_clock()
 
 

@@ -6,8 +6,11 @@ got the signal. A second Ctrl-C stops at once; so does any signal while nothing 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +19,8 @@ from transformers import TrainerCallback
 
 from codiemb.distributed import most
 from codiemb.errors import Stopped
-from codiemb.training.checkpoint import checkpoints
+
+logger = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,6 +34,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self.newest: Path | None = None  # whole checkpoint
         self.training = False
         self.asked = self.agreed = 0
         self.before: dict[int, Any] = {}
@@ -44,9 +49,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        impatient = number == signal.SIGINT and self.asked == signal.SIGINT
-        if impatient or not self.training:
+        if not self.training or (self.asked and number == signal.SIGINT):
             raise Stopped(number, self._how_to_go_on())
+        if not self.asked:
+            logger.info("\nfinishing the step in hand, then a checkpoint; Ctrl-C ends at once")
         self.asked = self.asked or number
 
     def raise_if_asked(self) -> None:
@@ -55,12 +61,23 @@ class StopOnSignal(TrainerCallback):
         Raises:
             Stopped: on every rank.
         """
+        self.agreed = self.agreed or most(self.asked)  # also in the last checkpoint, after the last step
         if self.agreed:
             raise Stopped(self.agreed, self._how_to_go_on())
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, though between two steps, a signal ends the run at once: nothing is lost."""
+        self.training = False
+        try:
+            yield
+        finally:
+            self.training = True
+
     def _how_to_go_on(self) -> str:
-        written = checkpoints(self.run)
-        return f"the newest checkpoint is {written[0]}; go on with --resume" if written else "no checkpoint was written"
+        if self.newest is None:
+            return "no checkpoint was written"
+        return f"the newest checkpoint is {self.newest}; go on with --resume"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = True
@@ -69,6 +86,9 @@ class StopOnSignal(TrainerCallback):
         self.agreed = most(self.asked)
         if self.agreed:
             control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.newest = self.run / f"checkpoint-{state.global_step}"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = False

@@ -21,12 +21,12 @@ from codiemb.distributed import agree, barrier, keep_losses_in_float32, rank, wo
 from codiemb.encoder.adapters import has_adapters
 from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
-from codiemb.errors import ConfigError
+from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import checkpoint
+from codiemb.training.facts import environment_of
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
 from codiemb.training.sharding import require_gathering, unused_parameters, whole_encoder
-from codiemb.versions import versions
 
 BALANCE_FILE = "balance.json"
 _SET_HERE = {
@@ -76,6 +76,8 @@ class JointTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
         self.facts = facts
+        self.environment = environment_of(arguments, memory.micro_batch_tokens)
+        self.saved_step: int | None = None
         self.config = config
         self.rank_check_steps = config.train.rank_check_steps
 
@@ -106,8 +108,10 @@ class JointTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written under a temporary name, sealed, then renamed: see `codiemb.training.checkpoint`."""
-        run = Path(str(self.args.output_dir))
-        written = run / checkpoint.WRITING / f"checkpoint-{self.state.global_step}"
+        run, step = Path(str(self.args.output_dir)), self.state.global_step
+        if step == self.saved_step:  # for a signal, and again for the end of the epoch
+            return
+        written = run / checkpoint.WRITING / f"checkpoint-{step}"
         self.step_log.write()
         self.args.output_dir = str(written.parent)
         try:
@@ -116,12 +120,12 @@ class JointTrainer(Trainer):
             self.args.output_dir = str(run)
         barrier()
         if self.args.should_save:
-            step = self.state.global_step
-            checkpoint.seal(written, step=step, world_size=world_size(), facts=self.facts, versions=versions())
+            _require_every_rank(written, run)
+            checkpoint.seal(written, step=step, world_size=world_size(), facts=self.facts, environment=self.environment)
             checkpoint.replace(written, run / written.name)
-            checkpoint.clean(run)
             checkpoint.keep_newest(run, self.args.save_total_limit, run / written.name)
         barrier()
+        self.saved_step = step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded:
@@ -129,8 +133,11 @@ class JointTrainer(Trainer):
         else:
             whole = open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32)
             self.encoder.load_state_dict(whole.state_dict())
-        if self.joint.balance is not None:
-            content = json.loads((Path(resume_from_checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.joint.balance is not None:
+            content = json.loads((Path(checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
             self.joint.balance.means = {name: torch.tensor(mean) for name, mean in content.items()}
 
 
@@ -171,6 +178,22 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
+
+
+def _require_every_rank(written: Path, run: Path) -> None:
+    """Refuses a checkpoint without the random state of a rank, from which it could not go on exactly.
+
+    Raises:
+        CheckpointError: it names the first such rank.
+    """
+    ranks = range(world_size()) if world_size() > 1 else ()
+    if absent := [number for number in ranks if not (written / f"rng_state_{number}.pth").is_file()]:
+        raise CheckpointError(
+            f"output_dir {run}",
+            got=f"nothing that rank {absent[0]} wrote",
+            expected="one disk that all machines share",
+            fix="change output_dir",
+        )
 
 
 def checkpoint_bytes(encoder: SentenceTransformer) -> int:
