@@ -14,6 +14,7 @@ import gc
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -50,6 +51,24 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+_exchanging = 0.0
+
+
+def exchange_seconds() -> float:
+    """Seconds that this process has spent on exchanges that a step waits for; DDP's of gradients are not among them."""
+    return _exchanging
+
+
+@contextlib.contextmanager
+def _timed() -> Iterator[None]:
+    global _exchanging
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _exchanging += time.perf_counter() - start
+
+
 def joined(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of all ranks in order of rank, and the place of this rank's first row; only its own carry gradient."""
     if world_size() == 1:
@@ -74,10 +93,12 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        with _timed():
+            dist.all_reduce(gradient)
         return gradient[ctx.first : ctx.first + ctx.size]
 
 
+@_timed()
 def _all_rows(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """The rows of all ranks, and how many each has; without gradient."""
     lengths = [torch.zeros(1, dtype=torch.int64, device=tensor.device) for _ in range(world_size())]
@@ -90,6 +111,7 @@ def _all_rows(tensor: Tensor) -> tuple[Tensor, list[int]]:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]), sizes
 
 
+@_timed()
 def summed(values: Tensor) -> Tensor:
     """The sum over ranks, with the gradient of this rank's own part."""
     if world_size() == 1:
@@ -99,6 +121,7 @@ def summed(values: Tensor) -> Tensor:
     return whole + (values - values.detach())
 
 
+@_timed()
 def agree(facts: dict[str, str | int], where: str) -> None:
     """Raises one error on every rank if the ranks do not hold the same facts.
 
@@ -120,6 +143,7 @@ def agree(facts: dict[str, str | int], where: str) -> None:
                 )
 
 
+@_timed()
 def total(counts: list[int], device: torch.device) -> Tensor:
     """The counts of all ranks, added; int64 [count]."""
     tensor = torch.tensor(counts, dtype=torch.int64, device=device)
@@ -128,6 +152,7 @@ def total(counts: list[int], device: torch.device) -> Tensor:
     return tensor
 
 
+@_timed()
 def most(count: int, device: torch.device | str = "cpu") -> int:
     """The largest of the counts of all ranks; exchanged on processors, no rank waits for its GPU."""
     if world_size() == 1:

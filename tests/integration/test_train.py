@@ -11,7 +11,10 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config, train
+from codiemb.encoder.memory import Footprint, Memory
 from codiemb.errors import ConfigError
+from codiemb.training import trainer
+from codiemb.training.clock import PHASES
 from codiemb.training.metrics import MetricsLog
 
 LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
@@ -76,6 +79,9 @@ def test_a_run_leaves_the_files_of_the_contract(config_file, tmp_path):
         assert line["tokens"] <= line["padded_tokens"]
         assert line["seconds"] > 0
         assert {"source", "task", "loss", "peak_memory_bytes", "learning_rate", "candidates_per_query"} <= line.keys()
+        phases = [line[f"seconds/{phase}"] for phase in PHASES]
+        assert min(phases) >= 0 < line["seconds/tokenizer"]
+        assert sum(phases) == pytest.approx(line["seconds"], rel=0.01, abs=1e-3)
         parts = {"info_nce"} if line["task"] == "retrieval" else {"pearson", "rank_kl", "pro", "mid_nce"}
         assert {name for name in line if name.startswith("loss/")} == {f"loss/{part}" for part in parts}
     plan = json.loads((run / "plan.json").read_text())
@@ -132,7 +138,9 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
     assert not (tmp_path / "run" / "model").exists()
     with pytest.raises(ConfigError, match=r"--resume, seed 7 \(was 42\): got other settings"):
         train(load_config(config_file, [dropout, *more, "seed=7"]), resume=True)
-    train(config, resume=True)
+    # Another budget, under which no activations are kept: the same weights to the last bit.
+    monkeypatch.setattr(trainer, "plan_memory", lambda *arguments: Memory(-1, Footprint(1, 0), 2048))
+    train(load_config(config_file, [dropout, *more, "train.memory_budget=9"]), resume=True)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 15))

@@ -6,7 +6,9 @@ and nothing is made up: a query with fewer positives or negatives than asked for
 
 from __future__ import annotations
 
+import copy
 import signal
+import time
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -41,6 +43,7 @@ class StepLoader(DataLoader):
             persistent_workers=workers > 0,
             worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # else each new iterator draws from the generator of dropout
+            pin_memory=torch.cuda.is_available(),
         )
 
     def set_epoch(self, epoch: int) -> None:
@@ -88,7 +91,10 @@ class StepReader(Dataset):
     ) -> None:
         self.plan = plan
         self.records = records
-        self.encoder = encoder
+        # The same weights, but a tokenizer of its own: batches are made in a thread beside training and evaluation.
+        self.encoder = copy.deepcopy(
+            encoder, {id(weight): weight for weight in encoder.state_dict(keep_vars=True).values()}
+        )
         self.rank = rank
         self.world = world
         self.micro_batch_tokens = micro_batch_tokens
@@ -97,7 +103,9 @@ class StepReader(Dataset):
         return len(self.plan)
 
     def __getitem__(self, step: Step) -> dict[str, Any]:
-        """`batches`, whose `place` says where their texts stand among the outputs of the `micro_batches`."""
+        """`batches`, whose `place` says where their texts stand among the outputs of the `micro_batches`; `tokens` and
+        `padded_tokens` of them, and `seconds` that it took to make all this."""
+        began = time.perf_counter()
         texts, batches = zip(*(self.batch(batch) for batch in step.batches), strict=True)
         # A rank without rows still runs one text of the step, so that it joins every exchange of gradients.
         tokens = tokenize(self.encoder, list(chain(*texts)) or self._spare(step), self.micro_batch_tokens)
@@ -107,6 +115,7 @@ class StepReader(Dataset):
             "micro_batches": tokens.micro_batches,
             "tokens": tokens.real,
             "padded_tokens": tokens.padded,
+            "seconds": time.perf_counter() - began,
         }
 
     def batch(self, batch: Batch) -> tuple[list[Text], dict[str, Any]]:

@@ -6,6 +6,7 @@ and tasks a step holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,18 +34,25 @@ class JointModel(nn.Module):
         losses: the `losses` section.
         memory: what a step may hold; None for all that it takes.
         sharded: under FSDP or ZeRO the ranks exchange weights in every micro-batch, so each runs as many.
+        mark: told when a phase of the forward pass has ended.
 
     Attributes:
         balance: running sizes of the loss parts, with `balance: magnitude`; part of a checkpoint.
     """
 
     def __init__(
-        self, encoder: SentenceTransformer, losses: Losses, memory: Memory | None = None, sharded: bool = False
+        self,
+        encoder: SentenceTransformer,
+        losses: Losses,
+        memory: Memory | None = None,
+        sharded: bool = False,
+        mark: Callable[[str], None] = lambda phase: None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.memory = memory
         self.sharded = sharded
+        self.mark = mark
         self.losses = losses.model_dump()
         self.emphasis = {"lists": 2 * losses.emphasis, "pairs": 2 * (1 - losses.emphasis)}
         self.balance = RunningScale() if losses.balance == "magnitude" else None
@@ -64,6 +72,7 @@ class JointModel(nn.Module):
             cached = most(cached, place.device)  # what runs again exchanges weights again
         middle = any(self._takes_middle(batch["task"]) for batch in batches)
         final, hidden = embed(self.encoder, micro_batches, place, middle, cached)
+        self.mark("forward")
         scaled, seen, start = [], [], 0
         for batch in batches:
             own = slice(start, start + len(batch["place"]))
@@ -79,7 +88,9 @@ class JointModel(nn.Module):
                     "candidates": objective.candidates,
                 }
             )
-        return {"loss": scale_gradient(torch.stack(scaled).sum(), world_size()), "objectives": seen}
+        loss = scale_gradient(torch.stack(scaled).sum(), world_size())
+        self.mark("loss")
+        return {"loss": loss, "objectives": seen}
 
     def _takes_middle(self, task: str) -> bool:
         return TASKS[task].shape == "pairs" and self.losses[task]["mid_nce"] > 0

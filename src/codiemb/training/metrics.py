@@ -22,8 +22,10 @@ from transformers import TrainerCallback
 
 from codiemb.distributed import total
 from codiemb.files import write_whole
+from codiemb.training.clock import PHASES, Clock, seconds_by_phase
 
 COUNTS = ("rows", "tokens", "padded_tokens")  # over all ranks
+_ADDED = ("tokens", "padded_tokens", "seconds", "seconds/tokenizer", *(f"seconds/{phase}" for phase in PHASES))
 
 
 class MetricsLog(TrainerCallback):
@@ -41,7 +43,9 @@ class MetricsLog(TrainerCallback):
         self.shown: dict[str, float] = {}
         self.by_task: dict[str, Tensor] = {}
         self.learning_rate = 0.0
-        self.mark = self.tokens = self.seconds = 0.0
+        self.clock = Clock()
+        self.mark = 0.0
+        self.sums: Counter[str] = Counter()
 
     def observe(self, inputs: dict[str, Any], objectives: list[dict[str, Any]]) -> None:
         """Takes what a step was given and computed; called inside it."""
@@ -61,11 +65,12 @@ class MetricsLog(TrainerCallback):
             **parts,
             "counts": total(counts, objectives[0]["loss"].device),
             "candidates_per_query": contrastive[0] if contrastive else None,
+            "seconds/tokenizer": inputs["seconds"],
         }
         self.by_task = {batch["task"]: objective["loss"] for batch, objective in zip(batches, objectives, strict=True)}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.mark = time.perf_counter()
+        self.restart_clock()
         if not state.is_world_process_zero:
             return
         kept = []
@@ -79,21 +84,21 @@ class MetricsLog(TrainerCallback):
         self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
+        self.clock.mark("optimizer")
         line = {
             "step": state.global_step,
             **self.current,
-            "seconds": now - self.mark,
+            "seconds": time.perf_counter() - self.mark,
+            "phases": self.clock.take(),
             "peak_memory_bytes": peak_memory_bytes(),
             "learning_rate": self.learning_rate,
         }
-        self.seconds += line["seconds"]
         self.waiting.append(line)
         if self.bar is not None:
             self.bar.update(1)
+        self.restart_clock()  # writing waits for the device, and that wait is a step's time
         if state.global_step % args.logging_steps == 0:
             self.write()
-        self.mark = now  # writing waits for the device, and that wait is a step's time
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.restart_clock()
@@ -101,6 +106,7 @@ class MetricsLog(TrainerCallback):
     def restart_clock(self) -> None:
         """What was done since the last step (a checkpoint, an evaluation) is not the next step's time."""
         self.mark = time.perf_counter()
+        self.clock.start()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write()
@@ -115,18 +121,45 @@ class MetricsLog(TrainerCallback):
         if self.bar is not None and self.waiting:
             with self.path.open("a", encoding="utf-8") as file:
                 for waiting in self.waiting:
-                    counts = dict(zip(COUNTS, waiting["counts"].tolist(), strict=True))
-                    self.tokens += counts["tokens"]
-                    line = {name: _number(value) for name, value in waiting.items() if name != "counts"} | counts
-                    if math.isnan(line["candidates_per_query"] or 0):  # no query of the batch has a positive
-                        line["candidates_per_query"] = None
+                    line = _line(waiting)
+                    self.sums.update({name: line[name] or 0 for name in _ADDED}, steps=1)
                     file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             self.shown |= {task: float(loss) for task, loss in self.by_task.items()}
             losses = {f"loss {task}": f"{loss:.3f}" for task, loss in sorted(self.shown.items())}
-            self.bar.set_postfix({**losses, "tokens/s": f"{self.tokens / max(self.seconds, 1e-9):.0f}"})
+            self.bar.set_postfix({**losses, "tokens/s": f"{self._speed():.0f}"})
         self.waiting.clear()
+
+    def _speed(self) -> float:
+        """Tokens a second, without padding, over all ranks."""
+        return self.sums["tokens"] / max(self.sums["seconds"], 1e-9)
+
+    def summary(self) -> str:
+        """What the steps of this process took, for the end of a run."""
+        sums, seconds = self.sums, max(self.sums["seconds"], 1e-9)
+        steps = max(sums["steps"], 1)
+        shares = {phase: 100 * sums[f"seconds/{phase}"] / seconds for phase in (*PHASES, "tokenizer")}
+        width = max(map(len, shares))
+        return "\n".join(
+            [
+                f"{sums['steps']} steps, {seconds / steps:.3g} s each; {sums['tokens']:,} tokens and "
+                f"{sums['padded_tokens'] - sums['tokens']:,} of padding, {self._speed():,.0f} tokens/s; "
+                f"peak memory {peak_memory_bytes() / 1e9:.2f} GB",
+                *(f"  {phase:{width}}  {share:5.1f} % of the time" for phase, share in shares.items()),
+                "  (the tokenizer runs beside the steps: they wait for it under data)",
+            ]
+        )
+
+
+def _line(waiting: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a step; reads from the device what is there."""
+    counts = dict(zip(COUNTS, waiting["counts"].tolist(), strict=True))
+    phases = {f"seconds/{phase}": seconds for phase, seconds in seconds_by_phase(waiting["phases"]).items()}
+    line = {name: _number(value) for name, value in waiting.items() if name not in ("counts", "phases")}
+    if math.isnan(line["candidates_per_query"] or 0):  # no query of the batch has a positive
+        line["candidates_per_query"] = None
+    return line | phases | counts
 
 
 def peak_memory_bytes() -> int:

@@ -150,6 +150,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
             trainer.step_log.close()
+        logger.info(trainer.step_log.summary())
         stop.raise_if_asked()
         encoder = _trained_encoder(trainer, run / WRITING)
         merge_adapters(encoder)

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
+from codiemb.batching.ahead import Ahead
 from codiemb.batching.loader import StepLoader, StepReader
 from codiemb.batching.plan import Plan
 from codiemb.config import Config
@@ -69,7 +70,7 @@ class JointTrainer(Trainer):
             parameter.requires_grad_(False)
         memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens)
-        self.joint = JointModel(encoder, config.losses, memory, self.sharded)
+        self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)
         super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
@@ -80,13 +81,29 @@ class JointTrainer(Trainer):
         self.saved_step: int | None = None
         self.config = config
         self.rank_check_steps = config.train.rank_check_steps
+        self.ahead: Ahead | None = None
 
     def get_train_dataloader(self) -> StepLoader:
         return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """The next step's tokens, made in a thread while the last steps ran."""
+        if self.ahead is None or self.ahead.items is not epoch_iterator:
+            self.ahead = Ahead(epoch_iterator)
+        samples = super().get_batch_samples(self.ahead, num_batches, device)
+        self.step_log.clock.mark("data")
+        return samples
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.step_log.clock.mark("backward")
+        return loss
+
     def _prepare_input(self, data: Any) -> Any:
         """Onto the device; under DeepSpeed and bf16 the Trainer would round labels too."""
-        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+        return (
+            data.to(self.args.device, non_blocking=True) if isinstance(data, Tensor) else super()._prepare_input(data)
+        )
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         if self.state.global_step % self.rank_check_steps == 0:
