@@ -26,8 +26,8 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
 
 Accelerator.__init__ = sharded
 run.require_devices = lambda config: None
-if "--few-tokens" in sys.argv:  # so that a rank with long texts makes more micro-batches than one with short ones
-    memory.micro_batch_tokens = lambda encoder: 64
+if "--one-by-one" in sys.argv:  # a text a micro-batch, so that a rank with three rows runs more of them than with two
+    memory.micro_batch_tokens = lambda encoder: 1
 if "--cached" in sys.argv:
     memory.Memory.cached = lambda self, micro_batches: len(micro_batches) - 1
 overrides = [value for value in sys.argv[2:] if not value.startswith("--")]

@@ -35,7 +35,7 @@ from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed, facts_of, require_same_run
-from codiemb.training.sharding import require_devices
+from codiemb.training.sharding import loading_whole, require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
 from codiemb.versions import versions
@@ -170,7 +170,8 @@ def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer
         return trainer.encoder
     trainer.save_model(str(folder / "whole"))
     barrier()
-    encoder = open_model(str(folder / "whole"), device=str(trainer.args.device), dtype=torch.float32)
+    with loading_whole(trainer.args):
+        encoder = open_model(str(folder / "whole"), device=str(trainer.args.device), dtype=torch.float32)
     barrier()
     if rank() == 0:
         shutil.rmtree(folder / "whole")

@@ -7,6 +7,9 @@ same. Unlike DDP they exchange weights inside the forward pass, so all ranks mus
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -52,9 +55,25 @@ def unused_parameters(encoder: SentenceTransformer) -> list[torch.nn.Parameter]:
     return [parameter for name, parameter in encoder.named_parameters() if ".pooler." in name]
 
 
-def whole_encoder(config: Config, state: dict[str, Tensor]) -> SentenceTransformer:
+@contextlib.contextmanager
+def loading_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Inside, models are loaded whole; under ZeRO-3 transformers would share them out, and all ranks had to load."""
+    zero = getattr(arguments, "hf_deepspeed_config", None)
+    if zero is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(zero)
+
+
+def whole_encoder(config: Config, arguments: TrainingArguments, state: dict[str, Tensor]) -> SentenceTransformer:
     """The encoder with the gathered weights of the model that is trained, on the processor."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), loading_whole(arguments):
         encoder = load_encoder(config.model, "cpu")
     prefix = "encoder."
     weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -118,7 +118,8 @@ class JointTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_encoder(self.encoder if state_dict is None else whole_encoder(self.config, state_dict), folder)
+        whole = self.encoder if state_dict is None else whole_encoder(self.config, self.args, state_dict)
+        save_encoder(whole, folder)
         if self.joint.balance is not None:
             means = {name: mean.tolist() for name, mean in self.joint.balance.means.items()}
             (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
