@@ -22,6 +22,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from codiemb.errors import CodiembError, DistributedError
 
@@ -165,6 +166,16 @@ def most(count: int, device: torch.device | str = "cpu") -> int:
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:
     """The same value with its gradient multiplied."""
     return loss if factor == 1 else loss.detach() + factor * (loss - loss.detach())
+
+
+def keep_losses_in_float32(plugin: Any) -> None:
+    """Under FSDP2 and bf16: weights are used in bf16, but labels, losses and the sums of gradients stay in float32."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=plugin.mixed_precision_policy.param_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
 
 
 def from_first(value: Anything) -> Anything:
