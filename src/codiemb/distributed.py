@@ -213,18 +213,6 @@ def start(timeout: int) -> None:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
 
 
-def keep_losses_in_float32(plugin: Any) -> None:
-    """Under FSDP2 and bf16: weights are used in bf16, but labels, losses and the sums of gradients stay in float32."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    if plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=plugin.mixed_precision_policy.param_dtype,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-
-
 @contextlib.contextmanager
 def told_of_lost_ranks() -> Iterator[None]:
     """Ends with one line when another rank has died, or is silent for longer than the time-out.
