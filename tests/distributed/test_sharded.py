@@ -114,5 +114,5 @@ def test_fsdp_on_two_gpus(config_file, tmp_path, bf16):
     train(load_config(config_file, [*settings, f"output_dir={tmp_path / 'one'}"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
     subprocess.run([*command, "train", str(config_file), *settings, FSDP], check=True, timeout=300)
-    tolerance = {"rtol": 0, "atol": 1e-5 if bf16 == "false" else 2e-3}
+    tolerance = {"rtol": 0, "atol": 1e-5 if bf16 == "false" else 1e-2}
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)
