@@ -3,8 +3,9 @@
     python benchmarks/scaling.py [--repeats 3] [--steps 12]
 
 On c cores: one process with c threads, two with c / 2 each, and one with c / 2, in turn in one run. The first two share
-the same cores, so their ratio is what the second process costs; the last two differ by the second core alone. The share
-of a step that is spent in exchanges is in `metrics.jsonl`. Prints one JSON line.
+the same cores, so their ratio is what the second process costs; the last two differ by the second core alone. Exchanges
+are those of embeddings, labels and counts, with the wait for the slower process; DDP's of gradients, which run beside
+the backward pass, are not in it. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,13 @@ def main() -> None:
         "one process, half the cores": (1, cores // 2),
     }
     rates: dict[str, list[float]] = {name: [] for name in layouts}
+    exchanges: list[float] = []
     for _ in range(arguments.repeats):
         for name, (processes, threads) in layouts.items():
-            rates[name].append(tokens_a_second(processes, threads, arguments.steps))
+            rate, share = speed(processes, threads, arguments.steps)
+            rates[name].append(rate)
+            if processes > 1:
+                exchanges.append(share)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     facts = {
         "benchmark": "scaling",
@@ -48,13 +53,14 @@ def main() -> None:
         "steps": arguments.steps,
         "tokens_a_second": {name: [round(rate) for rate in found] for name, found in rates.items()},
         "two_processes_over_one": round(medians["two processes"] / medians["one process"], 3),
+        "share_of_exchanges": [round(share, 4) for share in exchanges],
         "second_core_gains": round(medians["two processes"] / medians["one process, half the cores"], 3),
     }
     print(json.dumps({**facts, **machine(), "versions": versions(), "commit": commit()}))
 
 
-def tokens_a_second(processes: int, threads: int, steps: int) -> float:
-    """Of all processes together, after the warm-up."""
+def speed(processes: int, threads: int, steps: int) -> tuple[float, float]:
+    """Tokens a second of all processes together, and the share of their time in exchanges, after the warm-up."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "codiemb", "train", str(CONFIG)]
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +69,9 @@ def tokens_a_second(processes: int, threads: int, steps: int) -> float:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([*command, *settings], check=True, capture_output=True, env=environment)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
-    return sum(line["tokens"] for line in lines) / sum(line["seconds"] for line in lines)
+    seconds = sum(line["seconds"] for line in lines)
+    exchanged = sum(line["seconds/communication"] for line in lines)
+    return sum(line["tokens"] for line in lines) / seconds, exchanged / seconds
 
 
 if __name__ == "__main__":
