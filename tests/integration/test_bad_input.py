@@ -675,8 +675,13 @@ def test_resume_with_other_settings(unfinished):
 
 
 def test_resume_with_settings_that_do_not_change_the_model(unfinished):
-    unfinished.run("train", "train.save_total_limit=1", "train.logging_steps=1", "--resume")
+    """They are those of now: the checkpoint of step 2 is the newest, and step 1 saves no more."""
+    shutil.rmtree(unfinished.folder / "run" / "checkpoint-2")
+    unfinished.run("train", "train.save_total_limit=1", "train.save_steps=5", "train.logging_steps=1", "--resume")
     assert (unfinished.folder / "run" / "model").is_dir()
+    state = json.loads((unfinished.folder / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert (state["save_steps"], state["logging_steps"]) == (5, 1)
+    assert not (unfinished.folder / "run" / "checkpoint-1").exists()
 
 
 def test_resume_with_settings_of_a_task_that_has_no_source(workplace):

@@ -152,6 +152,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             trainer.step_log.close()
         logger.info(trainer.step_log.summary())
         stop.raise_if_asked()
+        if trainer.state.global_step != trainer.state.max_steps:
+            raise RuntimeError(
+                f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps, and no more came"
+            )
         encoder = _trained_encoder(trainer, run / WRITING)
         merge_adapters(encoder)
         if rank() == 0:

@@ -71,7 +71,7 @@ class JointTrainer(Trainer):
         memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens)
         self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)
-        super().__init__(model=self.joint, args=arguments, callbacks=[self.step_log, *callbacks])
+        super().__init__(model=self.joint, args=arguments, callbacks=[_SettingsOfNow(), self.step_log, *callbacks])
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)  # the log has its own bar
@@ -88,9 +88,13 @@ class JointTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The next step's tokens, made in a thread while the last steps ran."""
-        if self.ahead is None or self.ahead.items is not epoch_iterator:
-            self.ahead = Ahead(epoch_iterator)
-        samples = super().get_batch_samples(self.ahead, num_batches, device)
+        if (
+            not self.args.dataloader_num_workers
+        ):  # workers are ahead by themselves, and keep one iterator for all epochs
+            if self.ahead is None or self.ahead.items is not epoch_iterator:
+                self.ahead = Ahead(epoch_iterator)
+            epoch_iterator = self.ahead
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_log.clock.mark("data")
         return samples
 
@@ -196,6 +200,13 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
+
+
+class _SettingsOfNow(TrainerCallback):
+    """How often to save and to log is what the config says, not what the checkpoint that is resumed from says."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 def _require_every_rank(written: Path, run: Path) -> None:
