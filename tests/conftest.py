@@ -4,6 +4,7 @@ import os
 import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the libraries are imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does: threads that wait sleep
 
 import pytest
 import torch
