@@ -1,5 +1,6 @@
 """Many texts with little padding give what one text at a time gives: embeddings, gradients, prompts, lengths."""
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -169,6 +170,21 @@ def test_encode_equals_sentence_transformers_normalised(encoder, piece, monkeypa
     texts = texts_of_all_roles(encoder)
     expected = torch.nn.functional.normalize(one_at_a_time(encoder, texts), dim=1)
     torch.testing.assert_close(encode(encoder, texts), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_too_large_for_memory_are_in_a_file(encoder, monkeypatch):
+    """The same numbers, repeated texts included; and no file is left that has a name."""
+    texts = texts_of_all_roles(encoder)
+    expected = encode(encoder, texts)
+    monkeypatch.setattr(engine, "_LARGEST_IN_MEMORY", 8)
+    monkeypatch.setattr(engine, "PIECE", 4)
+    mapped = []
+    original = np.memmap
+    monkeypatch.setattr(np, "memmap", lambda *args, **kwargs: mapped.append(original(*args, **kwargs)) or mapped[-1])
+    found = encode(encoder, texts)
+    assert mapped[0].shape == tuple(found.shape)
+    assert found.data_ptr() == mapped[0].ctypes.data
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def test_encode_uses_no_dropout_and_leaves_the_mode_as_it_was(encoder):

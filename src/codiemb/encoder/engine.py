@@ -13,10 +13,12 @@ same texts, and each encodes its share.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
@@ -28,6 +30,8 @@ from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.model import hidden_states
 from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
+
+_LARGEST_IN_MEMORY = 2**30  # bytes of embeddings
 
 
 class Embeddings(NamedTuple):
@@ -71,28 +75,45 @@ def embed(
 def encode(
     encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
 ) -> Float[Tensor, "text dim"]:
-    """L2-normalised embeddings of `texts` on the encoder's device, without gradient or dropout."""
+    """L2-normalised embeddings of `texts` on the encoder's device, without gradient or dropout.
+
+    On processors, more than 1 GB of them are in a file without a name, mapped into memory; it goes when they go.
+    """
     was_training = encoder.training
     encoder.eval()
     device = encoder.device
-    distinct = list(dict.fromkeys(texts))
-    distinct.sort(key=lambda text: len(text.text), reverse=True)
-    rows: dict[Text, int] = {}
-    parts = []
+    places: dict[Text, list[int]] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, []).append(place)
+    distinct = sorted(places, key=lambda text: len(text.text), reverse=True)
+    embeddings = torch.empty(0, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(distinct), PIECE):
             piece = distinct[start : start + PIECE]
             tokens = tokenize(encoder, piece)
             moved = [{key: _to(value, device) for key, value in batch.items()} for batch in tokens.micro_batches]
-            parts.append(torch.nn.functional.normalize(embed(encoder, moved, tokens.place.to(device)).final, dim=-1))
-            rows.update({text: start + number for number, text in enumerate(piece)})
+            found = torch.nn.functional.normalize(embed(encoder, moved, tokens.place.to(device)).final, dim=-1)
+            if not bool(torch.isfinite(found).all()):
+                raise EvaluationError(
+                    "embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged"
+                )
+            if not start:
+                embeddings = _room(len(texts), found)
+            counts = torch.tensor([len(places[text]) for text in piece], device=device)
+            embeddings[list(chain(*(places[text] for text in piece)))] = found.repeat_interleave(counts, dim=0)
             if progress is not None:
                 progress.update(len(piece))
     encoder.train(was_training)
-    embeddings = torch.cat(parts)[[rows[text] for text in texts]]
-    if not bool(torch.isfinite(embeddings).all()):
-        raise EvaluationError("embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged")
     return embeddings
+
+
+def _room(rows: int, like: Float[Tensor, "row dim"]) -> Float[Tensor, "text dim"]:
+    """Room for embeddings, in a file where it is large."""
+    size = (rows, like.shape[1])
+    if like.device.type != "cpu" or rows * like.shape[1] * like.element_size() <= _LARGEST_IN_MEMORY:
+        return like.new_empty(size)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=size))
 
 
 def shares(texts: Sequence[Text], ranks: int) -> list[list[int]]:
