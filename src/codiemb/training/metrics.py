@@ -85,10 +85,11 @@ class MetricsLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.clock.mark("optimizer")
+        now = time.perf_counter()
         line = {
             "step": state.global_step,
             **self.current,
-            "seconds": time.perf_counter() - self.mark,
+            "seconds": now - self.mark,
             "phases": self.clock.take(),
             "peak_memory_bytes": peak_memory_bytes(),
             "learning_rate": self.learning_rate,
@@ -96,7 +97,7 @@ class MetricsLog(TrainerCallback):
         self.waiting.append(line)
         if self.bar is not None:
             self.bar.update(1)
-        self.restart_clock()  # writing waits for the device, and that wait is a step's time
+        self.mark = now  # writing waits for the device, and that wait is a step's time
         if state.global_step % args.logging_steps == 0:
             self.write()
 
