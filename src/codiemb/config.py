@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import Field, create_model, field_validator, model_validator
 
+from codiemb.consistency import faults_across
 from codiemb.errors import ConfigError
 from codiemb.section import ROLES, Fraction, Name, Positive, Role, Section, Temperature, Weight
-from codiemb.settings_file import apply_override, kind, nearest, read_yaml, validate
+from codiemb.settings_file import apply_override, kind, read_yaml, validate
 from codiemb.tasks import TASKS
 
 __all__ = ["ROLES", "Config", "Role", "Source", "dump_config", "load_config", "load_suite"]
@@ -249,73 +250,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        faults = []
-        names = [source.name for source in self.data]
-        known = {*names, *TASKS}
-        if self.batching.schedule == "weights":
-            if missing := [name for name in names if name not in self.batching.weights]:
-                faults.append(f"batching.weights: got none for {missing[0]!r}, expected a weight for every source")
-            faults += [
-                f"batching.weights.{name}: got an unknown source, expected one of {', '.join(names)}"
-                f"{nearest(name, names)}"
-                for name in self.batching.weights
-                if name not in names
-            ]
-        if self.batching.schedule == "staged":
-            staged = [entry for stage in self.batching.stages for entry in stage]
-            faults += [
-                f"batching.stages: got {entry!r}, expected names of sources or tasks{nearest(entry, known)}"
-                for entry in staged
-                if entry not in known
-            ]
-            faults += [
-                f"batching.stages: got no stage with source {source.name!r}, expected every source in one"
-                for source in self.data
-                if source.name not in staged and source.task not in staged
-            ]
-        weights = {"lists": self.losses.emphasis, "pairs": 1 - self.losses.emphasis}
-        if not any(weights[TASKS[source.task].shape] for source in self.data):
-            faults.append(f"losses.emphasis: got {self.losses.emphasis:g}, expected a value that trains some source")
-        elif not any(
-            weights[TASKS[task].shape] * getattr(self.losses, task).weight
-            for task in {source.task for source in self.data}
-        ):
-            faults.append("losses.<task>.weight: got 0 for every source that counts, expected one above 0")
-        faults += self._partly_trained()
-        if (self.train.fsdp or self.train.deepspeed) and self.evaluation.every_steps:
-            faults.append(
-                f"evaluation.every_steps: got {self.evaluation.every_steps} with a sharded model, expected null, "
-                "because no rank holds a whole encoder while it is trained; checkpoints can be evaluated afterwards"
-            )
-        if faults:
+        if faults := faults_across(self):
             raise ValueError("; ".join(faults))
         return self
-
-    def _partly_trained(self) -> list[str]:
-        """Faults of settings that leave nothing to train, or ask for what a frozen backbone cannot give."""
-        model, faults = self.model, []
-        if model.freeze_backbone:
-            if model.lora:
-                faults.append("model.freeze_backbone: got true with model.lora, expected one of them")
-            elif not model.head:
-                faults.append("model.freeze_backbone: got true without model.head, expected a head to be trained")
-            if self.train.gradient_checkpointing:
-                faults.append(
-                    "train.gradient_checkpointing: got true with model.freeze_backbone, expected false, because a "
-                    "frozen backbone keeps nothing for the backward pass"
-                )
-            faults += [
-                f"losses.{task}.mid_nce: got {getattr(self.losses, task).mid_nce:g} with model.freeze_backbone, "
-                "expected 0, because the middle layer is not trained"
-                for task in sorted({source.task for source in self.data if TASKS[source.task].shape == "pairs"})
-                if getattr(self.losses, task).mid_nce
-            ]
-        if model.head and self.losses.matryoshka and max(self.losses.matryoshka.dims) > model.head.dim:
-            faults.append(
-                f"losses.matryoshka.dims: got {max(self.losses.matryoshka.dims)}, expected at most {model.head.dim}, "
-                "which is model.head.dim"
-            )
-        return faults
 
 
 class DataSet(Source):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from codiemb.errors import CheckpointError, ConfigError
 
+LOCK = ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRITERS_SAY = (*(f"os error {number})" for number in _NO_ROOM), "PytorchStreamWriter failed")  # safetensors and torch
 
@@ -42,6 +44,31 @@ def publish(written: Path, final: Path) -> None:
         sync(path)
     os.replace(written, final)
     sync(final.parent)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, no other process can hold `folder`; the kernel lets go of it when this process ends, however it ends.
+
+    A POSIX record lock, which forked data workers do not inherit, so those of a killed run keep nothing. A file system
+    without locks is used without.
+
+    Raises:
+        ConfigError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"output_dir {folder}",
+                    got="a folder that a running process is training in",
+                    expected="one run to a folder",
+                    fix="wait for that run, stop it, or change output_dir",
+                ) from None
+        yield
 
 
 @contextlib.contextmanager

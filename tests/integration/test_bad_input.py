@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -614,6 +616,20 @@ def test_output_dir_with_a_finished_run(workplace):
 def test_output_dir_with_an_unfinished_run(workplace):
     workplace.write("run/checkpoint-2/model.safetensors", b"")
     workplace.refused("run", "checkpoint-2", "--resume")
+
+
+def test_output_dir_that_a_running_process_trains_in(workplace):
+    (workplace.folder / "run").mkdir()
+    hold = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, fcntl.LOCK_EX)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{hold}; print(flush=True); input()", workplace.folder / "run" / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout.readline() == "\n"
+        workplace.refused("run", "a running process", "one run to a folder")
+        other.communicate("\n")
 
 
 def test_resume_without_a_checkpoint(workplace):

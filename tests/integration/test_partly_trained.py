@@ -1,6 +1,7 @@
 """Whole runs that train adapters or a head only: what changes, what is saved, and that they resume."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,3 +106,17 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
     train(load_config(config_file, part), resume=True)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     assert_equal_weights(tmp_path / "whole" / "checkpoint-7", tmp_path / "run" / "checkpoint-7", rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@each_part
+def test_a_run_goes_on_after_its_base_has_moved(config_file, tmp_path, tiny_model_folder, part):
+    """The checkpoint of adapters names the place its base had; the base is the one that the config names now."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    shutil.copytree(tiny_model_folder, first)
+    steps = [*part, "train.max_steps=7"]
+    train(load_config(config_file, [*steps, f"model.base={first}", f"output_dir={tmp_path / 'whole'}"]))
+    shutil.copytree(tmp_path / "whole", tmp_path / "run", ignore=shutil.ignore_patterns("model", "checkpoint-[67]"))
+    first.rename(second)
+    train(load_config(config_file, [*steps, f"model.base={second}"]), resume=True)
+    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)

@@ -9,12 +9,14 @@ from the base.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize
@@ -23,7 +25,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
 from codiemb.config import Head, Lora, ModelSection
-from codiemb.errors import ConfigError
+from codiemb.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,24 @@ def require_peft() -> None:
 
 def has_adapters(encoder: SentenceTransformer) -> bool:
     return isinstance(encoder[0], Transformer) and getattr(encoder[0].model, "_hf_peft_config_loaded", False)
+
+
+def load_adapters(encoder: SentenceTransformer, folder: Path) -> None:
+    """Fills adapters and head from a checkpoint; the base stays as it is, wherever the checkpoint says that it was.
+
+    Raises:
+        CheckpointError: the checkpoint has no weights for some of the adapters.
+    """
+    from peft import set_peft_model_state_dict
+
+    stored = load_file(folder / "adapter_model.safetensors")
+    weights = {name.removeprefix("base_model.model."): weight for name, weight in stored.items()}
+    found: Any = set_peft_model_state_dict(encoder[0].model, weights, adapter_name="default")
+    if absent := [name for name in found.missing_keys if ".lora_" in name]:
+        raise CheckpointError(f"checkpoint {folder}", got=f"no weights for {absent[0]}", expected="all adapters")
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))[1:]:
+        if (file := folder / module["path"] / "model.safetensors").is_file():
+            encoder[module["idx"]].load_state_dict(load_file(file))
 
 
 def merge_adapters(encoder: SentenceTransformer) -> None:

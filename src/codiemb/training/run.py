@@ -6,6 +6,7 @@ the run folder and fills it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -30,7 +31,7 @@ from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
-from codiemb.files import nearest_folder, publish, require_folder, told_of_full_disk, write_whole
+from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
@@ -120,7 +121,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     keep_memory()
     run = Path(config.output_dir)
     start(config.train.ddp_timeout)
-    with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING):
+    with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING), contextlib.ExitStack() as stack:
         checkpoint, passed_over = on_first(lambda: _look_at_run_folder(config, resume, overwrite))
         require_devices(config)
         prepared = prepare(config)
@@ -136,6 +137,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
         logger.info(prepared.report.text())
         logger.info(_settings_text(prepared, trainer))
+        on_first(lambda: stack.enter_context(held(run)))
         if rank() == 0:
             _start_run_folder(run, overwrite, prepared, trainer)
         barrier()

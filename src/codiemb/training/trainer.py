@@ -19,7 +19,7 @@ from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
 from codiemb.distributed import agree, barrier, keep_losses_in_float32, rank, world_size
-from codiemb.encoder.adapters import has_adapters
+from codiemb.encoder.adapters import has_adapters, load_adapters
 from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
@@ -152,6 +152,8 @@ class JointTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif has_adapters(self.encoder):
+            load_adapters(self.encoder, Path(resume_from_checkpoint))
         else:
             whole = open_model(resume_from_checkpoint, device="cpu", dtype=torch.float32)
             self.encoder.load_state_dict(whole.state_dict())

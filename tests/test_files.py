@@ -1,0 +1,48 @@
+"""One run to a folder: who holds it, and that a process that was killed holds nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from codiemb.errors import ConfigError
+from codiemb.files import held
+
+# Holds the folder, forks a child (as data workers are) that lives on, says both process numbers, and waits.
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from codiemb.files import held
+with held(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    yield process
+    process.kill()
+    subprocess.run(["kill", "-9", str(child)], check=False)
+
+
+def test_a_folder_is_held_by_one_process(tmp_path, holder):
+    with pytest.raises(ConfigError, match="running process"), held(tmp_path):
+        pass
+
+
+def test_a_killed_process_lets_go_though_its_child_lives_on(tmp_path, holder):
+    holder.kill()
+    holder.wait()
+    with held(tmp_path):
+        pass
+
+
+def test_a_folder_can_be_held_again(tmp_path):
+    for _ in range(2):
+        with held(tmp_path / "new"):
+            pass
