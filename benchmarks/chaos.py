@@ -176,23 +176,20 @@ class Chaos:
 
     def kill_one_rank(self) -> str:
         """SIGKILL to one of the processes; the job ends by itself."""
-        with self.start() as process:
-            self.until(process, lambda: self.said_that("train:"))
-            time.sleep(1)
-            began = time.monotonic()
-            ranks(process)[-1].kill()
-            process.wait(60)
-        return f"job ended after {time.monotonic() - began:.1f} s: {self.said_of_ranks()}"
+        return self.without_one_rank(psutil.Process.kill)
 
     def stop_one_rank(self) -> str:
         """One of the processes stands still; the others wait for train.ddp_timeout, and the job ends by itself."""
+        return f"ddp_timeout {SILENCE} s, {self.without_one_rank(psutil.Process.suspend)}"
+
+    def without_one_rank(self, act: Callable[[psutil.Process], None]) -> str:
         with self.start() as process:
             self.until(process, lambda: self.said_that("train:"))
             time.sleep(1)
             began = time.monotonic()
-            ranks(process)[-1].suspend()
+            act(ranks(process)[-1])
             process.wait(SILENCE + 60)
-        return f"ddp_timeout {SILENCE} s, job ended after {time.monotonic() - began:.1f} s: {self.said_of_ranks()}"
+        return f"job ended after {time.monotonic() - began:.1f} s: {self.said_of_ranks()}"
 
     @contextlib.contextmanager
     def start(self, before: Callable[[], None] | None = None, run: Path | None = None) -> Iterator[psutil.Popen]:

@@ -8,10 +8,9 @@ import time
 
 import psutil
 import pytest
-import yaml
 from safetensors.torch import load_file
 
-from tests.integration.test_train import PAIRS, RETRIEVAL, write_lines
+from tests.small_run import small_run
 
 STEPS = 40
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -21,19 +20,13 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def folder(tiny_model_folder, tmp_path_factory):
     """With a config, and the run that nobody stopped on two processes as `whole`; dropout on."""
     folder = tmp_path_factory.mktemp("resume")
-    write_lines(folder / "retrieval.jsonl", RETRIEVAL)
-    write_lines(folder / "pairs.jsonl", PAIRS)
-    content = {
-        "output_dir": "unused",
-        "model": {"base": str(tiny_model_folder), "dropout": {"hidden": 0.1, "attention": 0.1}},
-        "data": [
-            {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
-            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
-        ],
-        "batching": {"retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
-        "train": {"max_steps": STEPS, "learning_rate": 1e-3, "save_steps": 5, "save_total_limit": 2, "bf16": False},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    small_run(
+        folder,
+        tiny_model_folder,
+        model={"dropout": {"hidden": 0.1, "attention": 0.1}},
+        train={"max_steps": STEPS, "learning_rate": 1e-3, "save_steps": 5, "save_total_limit": 2},
+        evaluation={"suite": None},
+    )
     assert start(folder, "whole", TORCHRUN).wait(300) == 0
     return folder
 

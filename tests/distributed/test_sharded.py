@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from codiemb import load_config, train
 from tests.conftest import needs_peft
-from tests.integration.test_train import PAIRS, RETRIEVAL, assert_equal_weights, write_lines
+from tests.small_run import assert_equal_weights, small_run
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -27,20 +26,13 @@ FSDP = "train.fsdp=true"
 @pytest.fixture
 def config_file(tmp_path, tiny_model_folder):
     """8 steps; with batches of 5 the two ranks hold different numbers of rows."""
-    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
-    write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"base": str(tiny_model_folder)},
-        "data": [
-            {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
-            {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
-        ],
-        "batching": {"retrieval": {"batch_size": 5}, "similarity": {"batch_size": 5}},
-        "train": {"max_steps": 8, "save_steps": 4, "learning_rate": 1e-3, "bf16": False},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "config.yaml"
+    return small_run(
+        tmp_path,
+        tiny_model_folder,
+        batching={"retrieval": {"batch_size": 5}, "similarity": {"batch_size": 5}},
+        train={"max_steps": 8, "save_steps": 4, "learning_rate": 1e-3},
+        evaluation={"suite": None},
+    )
 
 
 def on_two_processes(program, *arguments):

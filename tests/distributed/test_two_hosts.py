@@ -12,10 +12,9 @@ import sys
 import time
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
-from tests.integration.test_train import PAIRS, RETRIEVAL, write_lines
+from tests.small_run import small_run
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS, SAVED = 120, 10
@@ -87,23 +86,9 @@ def hosts():
 
 @pytest.fixture
 def config_file(tmp_path, tiny_model_folder):
-    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
-    write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    sources = [
-        {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
-        {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
-    ]
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(sources))
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"base": str(tiny_model_folder)},
-        "data": sources,
-        "batching": {"retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
-        "train": {"max_steps": STEPS, "save_steps": SAVED, "bf16": False, "ddp_timeout": TIMEOUT},
-        "evaluation": {"suite": "suite.yaml"},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "config.yaml"
+    return small_run(
+        tmp_path, tiny_model_folder, train={"max_steps": STEPS, "save_steps": SAVED, "ddp_timeout": TIMEOUT}
+    )
 
 
 @pytest.mark.slow

@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config, train
 from codiemb.training.metrics import MetricsLog
 from tests.conftest import HIDDEN, needs_peft
-from tests.integration.test_train import PAIRS, RETRIEVAL, assert_equal_weights, write_lines
+from tests.small_run import assert_equal_weights, small_run
 
 TEXTS = ["a b", "c d e", "t"]
 LORA = "model.lora={r: 2, alpha: 4, dropout: 0.1}"
@@ -28,23 +27,12 @@ each_part = pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
 @pytest.fixture
 def config_file(tmp_path, tiny_model_folder):
     """Retrieval and pairs on the tiny model, with dropout: 7 steps."""
-    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
-    write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    data = [
-        {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
-        {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
-    ]
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(data))
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"base": str(tiny_model_folder), "dropout": {"hidden": 0.1}},
-        "data": data,
-        "batching": {"retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
-        "train": {"save_steps": 3, "learning_rate": 1e-2, "bf16": False},
-        "evaluation": {"suite": "suite.yaml"},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "config.yaml"
+    return small_run(
+        tmp_path,
+        tiny_model_folder,
+        model={"dropout": {"hidden": 0.1}},
+        train={"save_steps": 3, "learning_rate": 1e-2},
+    )
 
 
 def scores(run, model):

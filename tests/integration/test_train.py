@@ -16,56 +16,18 @@ from codiemb.errors import ConfigError
 from codiemb.training import trainer
 from codiemb.training.clock import PHASES
 from codiemb.training.metrics import MetricsLog
-
-LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
-RETRIEVAL = [
-    {
-        "query": f"{LETTERS[n]} {LETTERS[n + 1]}",
-        "positives": [f"{LETTERS[n]} {LETTERS[n + 2]}", f"{LETTERS[n]} t"][: 1 + n % 2],
-    }
-    | ({"negatives": [f"{LETTERS[(n + 7) % 20]} {LETTERS[(n + 5) % 20]}"]} if n % 3 else {})
-    for n in range(13)
-]
-PAIRS = [
-    {"query": f"{LETTERS[n]} d", "positives": [f"{LETTERS[n]} {LETTERS[n % 5]}"], "positive_scores": [(n % 5) / 4]}
-    for n in range(11)
-]
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+from tests.small_run import LETTERS, assert_equal_weights, small_run, weights, write_lines
 
 
 @pytest.fixture
 def config_file(tmp_path, tiny_model_folder):
-    write_lines(tmp_path / "retrieval.jsonl", RETRIEVAL)
-    write_lines(tmp_path / "pairs.jsonl", PAIRS)
-    suite = [
-        {"name": "search", "task": "retrieval", "path": "retrieval.jsonl"},
-        {"name": "pairs", "task": "similarity", "path": "pairs.jsonl"},
-    ]
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    content = {
-        "output_dir": str(tmp_path / "run"),
-        "model": {"base": str(tiny_model_folder), "max_length": {"query": 8, "document": 16, "similarity": 12}},
-        "data": suite,
-        "batching": {"schedule": "proportional", "retrieval": {"batch_size": 4}, "similarity": {"batch_size": 4}},
-        "train": {"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3, "bf16": False},
-        "evaluation": {"suite": "suite.yaml"},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-    return tmp_path / "config.yaml"
-
-
-def weights(folder):
-    return SentenceTransformer(str(folder)).state_dict()
-
-
-def assert_equal_weights(one, other, leave_out=(), **tolerance):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    for name in one.keys() - {name for name in one if name.endswith(tuple(leave_out))}:
-        torch.testing.assert_close(one[name], other[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+    return small_run(
+        tmp_path,
+        tiny_model_folder,
+        model={"max_length": {"query": 8, "document": 16, "similarity": 12}},
+        batching={"schedule": "proportional"},
+        train={"num_train_epochs": 2, "save_steps": 3, "learning_rate": 1e-3},
+    )
 
 
 def test_a_run_leaves_the_files_of_the_contract(config_file, tmp_path):

@@ -78,6 +78,7 @@ class StepReader(Dataset):
 
     Args:
         micro_batch_tokens: tokens of a micro-batch at most, padding included; None as `tokenize` chooses.
+        packed: micro-batches without padding, see `codiemb.encoder.gpu`.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class StepReader(Dataset):
         rank: int,
         world: int,
         micro_batch_tokens: int | None = None,
+        packed: bool = False,
     ) -> None:
         self.plan = plan
         self.records = records
@@ -98,6 +100,7 @@ class StepReader(Dataset):
         self.rank = rank
         self.world = world
         self.micro_batch_tokens = micro_batch_tokens
+        self.packed = packed
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -108,7 +111,7 @@ class StepReader(Dataset):
         began = time.perf_counter()
         texts, batches = zip(*(self.batch(batch) for batch in step.batches), strict=True)
         # A rank without rows still runs one text of the step, so that it joins every exchange of gradients.
-        tokens = tokenize(self.encoder, list(chain(*texts)) or self._spare(step), self.micro_batch_tokens)
+        tokens = tokenize(self.encoder, list(chain(*texts)) or self._spare(step), self.micro_batch_tokens, self.packed)
         places = tokens.place[: sum(map(len, texts))].split([len(listed) for listed in texts])
         return {
             "batches": [{**batch, "place": place} for batch, place in zip(batches, places, strict=True)],

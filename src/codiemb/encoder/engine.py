@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
+from codiemb.encoder.gpu import packs
 from codiemb.encoder.model import hidden_states
 from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
@@ -90,7 +91,7 @@ def encode(
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for start in range(0, len(distinct), PIECE):
             piece = distinct[start : start + PIECE]
-            tokens = tokenize(encoder, piece)
+            tokens = tokenize(encoder, piece, packed=packs(encoder, bf16))
             moved = [{key: _to(value, device) for key, value in batch.items()} for batch in tokens.micro_batches]
             found = torch.nn.functional.normalize(embed(encoder, moved, tokens.place.to(device)).final, dim=-1)
             if not bool(torch.isfinite(found).all()):

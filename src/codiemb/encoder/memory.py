@@ -23,7 +23,7 @@ from torch import Tensor
 
 from codiemb.config import ROLES
 from codiemb.encoder.model import max_length
-from codiemb.encoder.tokens import micro_batch_tokens
+from codiemb.encoder.tokens import micro_batch_tokens, shape
 from codiemb.errors import ConfigError
 
 GB = 1e9
@@ -37,7 +37,7 @@ class Footprint:
     linear: float
     square: float
 
-    def of(self, rows: int, length: int) -> float:
+    def of(self, rows: int, length: float) -> float:
         return rows * (self.linear * length + self.square * length**2)
 
 
@@ -62,7 +62,7 @@ class Memory:
         """
         kept = 0.0
         for place in range(len(micro_batches), 0, -1):
-            kept += self.footprint.of(*micro_batches[place - 1]["attention_mask"].shape)
+            kept += self.footprint.of(*shape(micro_batches[place - 1]))
             if kept > self.activations:
                 return place
         return 0

@@ -21,8 +21,8 @@ from sentence_transformers.base.modules import Transformer
 from transformers import AutoConfig, PreTrainedModel
 
 from codiemb.config import ROLES, ModelSection, Role
+from codiemb.encoder import cpu, gpu
 from codiemb.encoder.adapters import adapt, has_adapters, require_peft
-from codiemb.encoder.cpu import speed_up
 from codiemb.errors import CheckpointError
 
 ROLE_FILE = "codiemb.json"
@@ -93,7 +93,8 @@ def open_model(
         if isinstance(encoder[0], Transformer):
             encoder[0].unpad_inputs = False  # micro-batches are cut by their attention mask
             if encoder.device.type == "cpu" and isinstance(encoder[0].model, PreTrainedModel):
-                speed_up(encoder[0].model)
+                cpu.speed_up(encoder[0].model)
+            gpu.speed_up(encoder[0])
         _check_loaded(encoder, path)
         if encoder.tokenizer is not None:
             _check_vocabulary(encoder, path)
@@ -165,6 +166,12 @@ def save_encoder(encoder: SentenceTransformer, folder: Path) -> None:
     encoder.save(str(folder), create_model_card=False)
     lengths = {role: max_length(encoder, role) for role in ROLES}
     (folder / ROLE_FILE).write_text(json.dumps({"max_length": lengths}, indent=2) + "\n", encoding="utf-8")
+
+
+def attention_dropout(encoder: SentenceTransformer) -> float:
+    """Dropout of attention weights while training."""
+    config = getattr(encoder[0], "config", None)
+    return max((getattr(config, name, None) or 0.0 for name in ATTENTION_DROPOUT), default=0.0)
 
 
 @contextlib.contextmanager

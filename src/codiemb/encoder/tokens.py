@@ -2,7 +2,8 @@
 
 The texts of a step, all batches and roles together: each distinct (prompt, length, text) once, sorted by length, cut
 where that costs least. A micro-batch costs its tokens with padding, and something of its own (calls, and gradients that
-are added to those of the others), so a cut pays where it saves more padding than that.
+are added to those of the others), so a cut pays where it saves more padding than that. Packed micro-batches
+(`codiemb.encoder.gpu`) have no padding and are filled up one after the other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from jaxtyping import Int
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
+
+from codiemb.encoder.gpu import pack
 
 PIECE = 2048  # texts tokenised at once
 Features = dict[str, Any]
@@ -36,10 +39,10 @@ class Tokens:
     """Tokenised distinct texts.
 
     Attributes:
-        micro_batches: features for the encoder, texts of like length together.
+        micro_batches: features for the encoder, texts of like length together, padded or packed.
         place: int64 [text], where each text asked for stands among the concatenated outputs.
         real: tokens without padding.
-        padded: tokens with padding.
+        padded: tokens with what padding there is.
     """
 
     micro_batches: list[Features]
@@ -59,7 +62,17 @@ def _own_cost(encoder: SentenceTransformer) -> int:
     return 4096 if encoder.device.type == "cuda" else 64
 
 
-def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | None = None) -> Tokens:
+def shape(features: Features) -> tuple[int, float]:
+    """Rows of a micro-batch, and tokens of a row with padding; of a packed one texts, and tokens on average."""
+    if (mask := features.get("attention_mask")) is not None:
+        return mask.shape
+    rows = len(features["cu_seq_lens_q"]) - 1
+    return rows, features["input_ids"].numel() / rows
+
+
+def tokenize(
+    encoder: SentenceTransformer, texts: Sequence[Text], budget: int | None = None, packed: bool = False
+) -> Tokens:
     """Tokens of `texts`, de-duplicated, sorted by length, in micro-batches of at most `budget` tokens with padding."""
     budget, own = budget or micro_batch_tokens(encoder), _own_cost(encoder)
     distinct = {text: number for number, text in enumerate(dict.fromkeys(texts))}
@@ -78,16 +91,17 @@ def tokenize(encoder: SentenceTransformer, texts: Sequence[Text], budget: int | 
             kinds.setdefault(_kind(encoder, features), []).append(([distinct[text] for text in piece], features))
     micro_batches: list[Features] = []
     order: list[int] = []
+    real = 0
     for pieces in kinds.values():
         numbers = list(chain(*(listed for listed, _ in pieces)))
-        for places, micro_batch in _cut(_stacked(encoder, [features for _, features in pieces]), budget, own):
-            micro_batches.append(micro_batch)
+        for places, micro_batch in _cut(_stacked(encoder, [features for _, features in pieces]), budget, own, packed):
+            real += int(micro_batch["attention_mask"].sum())
+            micro_batches.append(pack(encoder, micro_batch) if packed else micro_batch)
             order += [numbers[place] for place in places]
     position = torch.empty(len(distinct), dtype=torch.int64)
     position[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
     place = position[torch.tensor([distinct[text] for text in texts], dtype=torch.int64)]
-    masks = [features["attention_mask"] for features in micro_batches]
-    return Tokens(micro_batches, place, int(sum(mask.sum() for mask in masks)), sum(mask.numel() for mask in masks))
+    return Tokens(micro_batches, place, real, sum(features["input_ids"].numel() for features in micro_batches))
 
 
 def _kind(encoder: SentenceTransformer, features: Features) -> Any:
@@ -122,14 +136,14 @@ def _stacked(encoder: SentenceTransformer, pieces: list[Features]) -> Features:
     }
 
 
-def _cut(features: Features, budget: int, own: int) -> list[tuple[list[int], Features]]:
-    """Rows of padded features, longest first, in micro-batches of at most `budget` padded tokens, trimmed."""
+def _cut(features: Features, budget: int, own: int, packed: bool) -> list[tuple[list[int], Features]]:
+    """Rows of padded features, longest first, in micro-batches of at most `budget` tokens, trimmed."""
     mask = features["attention_mask"]
     lengths = mask.sum(dim=1)
     order = lengths.argsort(descending=True, stable=True)
     widths = _multiple_of_8(lengths[order].numpy()).clip(1, mask.shape[1])
     pieces = []
-    for start, stop in cheapest_cuts(widths, budget, own):
+    for start, stop in full_cuts(lengths[order].numpy(), budget) if packed else cheapest_cuts(widths, budget, own):
         rows, width = order[start:stop], int(widths[start])
         left = mask.shape[1] - width if mask[rows, -1].any() else 0  # padding stands on one side
         cut = {
@@ -162,6 +176,17 @@ def cheapest_cuts(widths: np.ndarray, budget: int, own: int) -> list[tuple[int, 
         ranges.append((int(begin[stop]), stop))
         stop = ranges[-1][0]
     return ranges[::-1]
+
+
+def full_cuts(lengths: np.ndarray, budget: int) -> list[tuple[int, int]]:
+    """Ranges of rows, one after the other, each of at most `budget` tokens without padding, or of one row."""
+    ranges, start, tokens = [], 0, 0
+    for place, length in enumerate(lengths.tolist()):
+        if place > start and tokens + length > budget:
+            ranges.append((start, place))
+            start, tokens = place, 0
+        tokens += length
+    return [*ranges, (start, len(lengths))]
 
 
 def _multiple_of_8(lengths: np.ndarray) -> np.ndarray:

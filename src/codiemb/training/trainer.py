@@ -20,8 +20,9 @@ from codiemb.config import Config
 from codiemb.data.store import Records
 from codiemb.distributed import agree, barrier, keep_losses_in_float32, rank, world_size
 from codiemb.encoder.adapters import has_adapters, load_adapters
+from codiemb.encoder.gpu import packs
 from codiemb.encoder.memory import plan_memory
-from codiemb.encoder.model import bf16_pays, idle_parameters, open_model, save_encoder
+from codiemb.encoder.model import attention_dropout, bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import checkpoint
 from codiemb.training.facts import environment_of
@@ -69,7 +70,8 @@ class JointTrainer(Trainer):
         for parameter in idle_parameters(encoder) + (unused_parameters(encoder) if self.sharded else []):
             parameter.requires_grad_(False)
         memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
-        self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens)
+        packed = packs(encoder, arguments.bf16, attention_dropout(encoder))
+        self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens, packed)
         self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)
         super().__init__(model=self.joint, args=arguments, callbacks=[_SettingsOfNow(), self.step_log, *callbacks])
         if self.is_fsdp_enabled:
