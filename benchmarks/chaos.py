@@ -276,7 +276,7 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
 
 def fill(filler: Path) -> None:
     """Takes all room but that of a small file."""
-    with filler.open("wb") as file, contextlib.suppress(OSError):
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(b"\0" * (1 << 16))
             file.flush()

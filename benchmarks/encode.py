@@ -149,7 +149,7 @@ def ours(task: dict[str, Any]) -> Any:
 def theirs(task: dict[str, Any]) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    from codiemb.encoder.model import locate
+    from codiemb.encoder.location import locate
 
     kwargs = {"dtype": "bfloat16"} if task["dtype"] == "bf16" else {}
     model = SentenceTransformer(locate("bundled:all-MiniLM-L6-v2"), model_kwargs=kwargs)

@@ -267,7 +267,7 @@ def open_encoder(setting: Setting) -> Any:
     from sentence_transformers import SentenceTransformer
 
     from codiemb.encoder.cpu import replace_dropout
-    from codiemb.encoder.model import locate
+    from codiemb.encoder.location import locate
 
     chosen: dict[str, Any] = {"attention_probs_dropout_prob": setting.attention_dropout}
     if setting.dropout == "none":

@@ -33,7 +33,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch.utils.data import SequentialSampler
 from transformers import AutoTokenizer, BertConfig, BertModel, TrainerCallback
 
-from codiemb.encoder.model import locate
+from codiemb.encoder.location import locate
 
 BUNDLED = "bundled:all-MiniLM-L6-v2"
 SIZES = {"large": (24, 1024, 16), "tiny": (2, 64, 2)}  # layers, width, heads

@@ -13,7 +13,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from codiemb.files import held
-with held(Path(sys.argv[1])):
+with held(Path(sys.argv[1]), Path(sys.argv[1], 'unfinished')):
     child = os.fork()
     if child:
         print(child, flush=True)
@@ -31,18 +31,18 @@ def holder(tmp_path):
 
 
 def test_a_folder_is_held_by_one_process(tmp_path, holder):
-    with pytest.raises(ConfigError, match="running process"), held(tmp_path):
+    with pytest.raises(ConfigError, match="running process"), held(tmp_path, tmp_path / "unfinished"):
         pass
 
 
 def test_a_killed_process_lets_go_though_its_child_lives_on(tmp_path, holder):
     holder.kill()
     holder.wait()
-    with held(tmp_path):
+    with held(tmp_path, tmp_path / "unfinished"):
         pass
 
 
 def test_a_folder_can_be_held_again(tmp_path):
     for _ in range(2):
-        with held(tmp_path / "new"):
+        with held(tmp_path / "new", tmp_path / "unfinished"):
             pass

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from codiemb.encoder.allocator import keep_memory
-from codiemb.errors import CodiembError, EvaluationError, Stopped
+from codiemb.errors import CodiembError, ConfigError, EvaluationError, Stopped
 from codiemb.files import require_folder
 
 
@@ -96,7 +96,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
     from codiemb import distributed
-    from codiemb.encoder.model import locate, open_model
+    from codiemb.encoder.location import locate
+    from codiemb.encoder.model import open_model
     from codiemb.evaluation.suite import evaluate_suite, require_readable
 
     located = [locate(model) for model in arguments.models]
@@ -110,6 +111,29 @@ def evaluate(arguments: argparse.Namespace) -> None:
             evaluate_suite(encoder, suite, Path(arguments.out) / name, bf16=arguments.bf16)
         say(f"results in {arguments.out}")
         distributed.finish()
+
+
+def fuse(arguments: argparse.Namespace) -> None:
+    from codiemb.encoder.location import locate
+    from codiemb.fusion.fuse import fuse
+
+    settings = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run", "force")
+    result = fuse(
+        [locate(checkpoint) for checkpoint in arguments.checkpoints],
+        locate(arguments.base),
+        arguments.out,
+        **{name: getattr(arguments, name) for name in settings},
+        parameters=dict(_parameter(text) for text in arguments.parameters),
+    )
+    print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
+
+
+def _parameter(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigError(f"--parameters {text}", got=repr(value), expected="name=number") from None
 
 
 def _quiet_libraries() -> None:
@@ -159,4 +183,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
     evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     evaluated.add_argument("--bf16", action="store_true", help="encode in bf16: faster, scores move a little")
+
+    fused = verb(fuse, "merge checkpoints into one model")
+    fused.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a model folder; at least two")
+    fused.add_argument("--base", required=True, help="the folder (or bundled:NAME) that they were trained from")
+    fused.add_argument("--out", required=True, metavar="DIR", help="the new model folder")
+    fused.add_argument("--method", default="delta", help="delta (default), uniform, weighted, slerp, ties, dare, ...")
+    fused.add_argument("--granularity", default="tensor", help="of delta: model, tensor (default), row, element")
+    fused.add_argument("--norm", default="l2", help="of delta: l1, l2 (default), mean_square")
+    fused.add_argument("--weighting", default="proportional", help="of delta: proportional (default), inverse, softmax")
+    fused.add_argument("--temperature", type=float, default=1.0, help="of softmax (default: 1)")
+    fused.add_argument("--scale", type=float, default=1.0, help="0 is the base, 1 (default) the merged weights")
+    fused.add_argument("--weights", type=float, nargs="+", metavar="W", help="of weighted: one a checkpoint")
+    fused.add_argument("--by-run", action="store_true", help="of delta: weights within each run, then across runs")
+    fused.add_argument(
+        "--parameters", nargs="+", default=[], metavar="NAME=NUMBER", help="of mergekit's methods, as it names them"
+    )
+    fused.add_argument("--force", action="store_true", help="merge checkpoints of other prompts, pooling or tokenizer")
     return parser

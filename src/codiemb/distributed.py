@@ -145,20 +145,20 @@ def agree(facts: dict[str, str | int], where: str) -> None:
 
 
 @_timed()
-def total(counts: list[int], device: torch.device) -> Tensor:
-    """The counts of all ranks, added; int64 [count]."""
-    tensor = torch.tensor(counts, dtype=torch.int64, device=device)
+def total(counts: list[int]) -> Tensor:
+    """The counts of all ranks, added; int64 [count]. Exchanged on processors, so that no rank waits for its GPU."""
+    tensor = torch.tensor(counts, dtype=torch.int64)
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 @_timed()
-def most(count: int, device: torch.device | str = "cpu") -> int:
+def most(count: int) -> int:
     """The largest of the counts of all ranks; exchanged on processors, no rank waits for its GPU."""
     if world_size() == 1:
         return count
-    tensor = torch.tensor([count], device=device)
+    tensor = torch.tensor([count])
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
 

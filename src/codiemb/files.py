@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from codiemb.errors import CheckpointError, ConfigError
+from codiemb.errors import CheckpointError, CodiembError, ConfigError
 
 LOCK = ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,6 +28,14 @@ def write_whole(path: Path, content: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -47,11 +56,11 @@ def publish(written: Path, final: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, unfinished: Path) -> Iterator[None]:
     """Inside, no other process can hold `folder`; the kernel lets go of it when this process ends, however it ends.
 
     A POSIX record lock, which forked data workers do not inherit, so those of a killed run keep nothing. A file system
-    without locks is used without.
+    without locks is used without. After a mistake, or without room on the disk, `unfinished` is removed.
 
     Raises:
         ConfigError: another process holds the folder.
@@ -68,12 +77,16 @@ def held(folder: Path) -> Iterator[None]:
                     expected="one run to a folder",
                     fix="wait for that run, stop it, or change output_dir",
                 ) from None
-        yield
+        try:
+            yield
+        except CodiembError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 @contextlib.contextmanager
-def told_of_full_disk(folder: Path, unfinished: Path) -> Iterator[None]:
-    """Ends with one line when there is no room left to write into `folder`, and removes `unfinished`, inside it.
+def told_of_full_disk(folder: Path) -> Iterator[None]:
+    """Ends with one line when there is no room left to write into `folder`.
 
     Raises:
         CheckpointError: instead of the error of the system, of safetensors or of torch.
@@ -83,7 +96,6 @@ def told_of_full_disk(folder: Path, unfinished: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if getattr(error, "errno", None) not in _NO_ROOM and not any(words in str(error) for words in _WRITERS_SAY):
             raise
-        shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
             f"writing {getattr(error, 'filename', None) or folder}",
             got=str(error).splitlines()[0],

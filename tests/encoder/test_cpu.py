@@ -31,6 +31,12 @@ def states_and_gradients(model, padding):
     return states.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(params=[cpu._LONG, 1], ids=["as short texts", "as long texts"])
+def either_length(request, monkeypatch):
+    monkeypatch.setattr(cpu, "_LONG", request.param)
+
+
+@pytest.mark.usefixtures("either_length")
 @pytest.mark.parametrize("padding", ["right", "left"])
 @pytest.mark.parametrize("build", [bert, grouped_queries])
 def test_attention_is_that_of_eager_with_every_gradient(build, padding):
@@ -50,6 +56,7 @@ def test_attention_is_that_of_eager_with_every_gradient(build, padding):
         assert gradient.abs().max() > 0 or "key.bias" in name or "k_proj.bias" in name
 
 
+@pytest.mark.usefixtures("either_length")
 def test_attention_drops_weights_as_the_formula_says():
     """dropout(softmax(q k^T / sqrt(dim))) v with the same mask, by autograd."""
     torch.manual_seed(0)
@@ -68,12 +75,14 @@ def test_attention_drops_weights_as_the_formula_says():
     torch.testing.assert_close(found_gradients, torch.autograd.grad(expected, parts, gradient))
 
 
+@pytest.mark.usefixtures("either_length")
 def test_attention_without_training_drops_nothing():
     parts = [torch.randn(1, 1, 3, 4) for _ in range(3)]
     first, second = (cpu.attention(nn.Module().eval(), *parts, None, dropout=0.5)[0] for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("either_length")
 def test_a_text_of_padding_alone_gives_numbers_in_bf16():
     """float32's lowest number rounds to -inf in bf16, and a row of -inf would be NaN after the softmax."""
     parts = [torch.randn(1, 2, 3, 4, dtype=torch.bfloat16) for _ in range(3)]

@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
     def unreadable(path):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("codiemb.training.checkpoint._sha256", unreadable)
+    monkeypatch.setattr("codiemb.training.checkpoint.sha256", unreadable)
     with pytest.raises(CheckpointError, match=r"checkpoint-3/\S+: got \[Errno 5\] Input/output error"):
         verify(tmp_path / "checkpoint-3")
 

@@ -93,9 +93,13 @@ class StepReader(Dataset):
     ) -> None:
         self.plan = plan
         self.records = records
-        # The same weights, but a tokenizer of its own: batches are made in a thread beside training and evaluation.
+        # A tokenizer of its own, because batches are made in a thread beside training and evaluation; no weights.
         self.encoder = copy.deepcopy(
-            encoder, {id(weight): weight for weight in encoder.state_dict(keep_vars=True).values()}
+            encoder,
+            {
+                id(weight): torch.nn.Parameter(torch.empty(0, device=weight.device), requires_grad=False)
+                for weight in encoder.state_dict(keep_vars=True).values()
+            },
         )
         self.rank = rank
         self.world = world

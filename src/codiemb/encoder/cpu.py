@@ -1,8 +1,8 @@
 """What makes a processor train faster with the same mathematics; `benchmarks/engine.py` measures each part alone.
 
 - `Dropout`: torch draws a number of its Mersenne twister for every element; 16 bits of a faster generator are enough.
-- `attention`: scores, softmax and weighted sum with fewer passes over the [length, length] scores than eager attention,
-  and with that dropout. It takes any mask that eager attention takes.
+- `attention`: eager on short texts, SDPA on long ones; for long ones with dropout a function of our own, with that
+  dropout and fewer passes over the [length, length] scores than eager attention.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 ATTENTION = "codiemb_cpu"
+_LONG = 128  # tokens from which the scores cost more than the calls (`benchmarks/engine.py --only attention`)
 
 
 def keep_mask(shape: torch.Size, p: float) -> Float[Tensor, "..."]:
@@ -102,19 +103,28 @@ def attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Float[Tensor, "batch query head dim"], None]:
-    """Attention as transformers calls it."""
+    """Attention as transformers calls it, with any mask that eager attention takes."""
     batch, heads, length, dim = query.shape
+    scale = dim**-0.5 if scaling is None else scaling
     if key.shape[1] != heads:  # grouped queries
         key, value = (part.repeat_interleave(heads // key.shape[1], dim=1) for part in (key, value))
-    flat = [part.reshape(batch * heads, -1, dim) for part in (query, key, value)]
-    kept = None
-    if dropout and module.training:
-        kept = keep_mask(torch.Size((batch * heads, length, flat[1].shape[1])), dropout).to(query.dtype)
     if attention_mask is not None:
         # The mask's lowest number may be less than a narrower type holds; -inf everywhere would give NaN.
-        attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min)
-    out = _Attention.apply(*flat, attention_mask, kept, dim**-0.5 if scaling is None else scaling, batch)
-    return out.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+        attention_mask = attention_mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    dropped = dropout if module.training else 0.0
+    if length < _LONG:
+        scores = torch.matmul(query, key.transpose(2, 3)) * scale
+        weights = torch.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
+        if dropped:
+            weights = weights * keep_mask(weights.shape, dropped).to(weights.dtype)
+        out = torch.matmul(weights, value)
+    elif not dropped:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scale)
+    else:
+        flat = [part.reshape(batch * heads, -1, dim) for part in (query, key, value)]
+        kept = keep_mask(torch.Size((batch * heads, length, flat[1].shape[1])), dropped).to(query.dtype)
+        out = _Attention.apply(*flat, attention_mask, kept, scale, batch).view(batch, heads, length, -1)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def speed_up(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ takes and sentence-transformers pools (`cu_seq_lens_q`). A padded micro-batch ta
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 ATTENTION = "codiemb_gpu"
 # softmax(scale * query key^T) value within a text, a causal or sliding window at most, and positions that are given.
@@ -30,17 +35,24 @@ _OF_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 def speed_up(transformer: Transformer) -> None:
     """Lets a model on a GPU take packed micro-batches, if it is of a kind that can."""
     model: Any = transformer.model
-    ampere = torch.cuda.get_device_capability(model.device) >= (8, 0) if model.device.type == "cuda" else False
-    if (
-        ampere
-        and isinstance(model, PreTrainedModel)
-        and model.config.model_type
-        in (
-            *_PACKED,
-            *_PACKED_WITH_PADDING_POSITION,
-        )
-    ):
+    if not isinstance(model, PreTrainedModel) or model.config.model_type not in _PACKED + _PACKED_WITH_PADDING_POSITION:
+        return
+    config: Any = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if width % 8 == 0 and width <= 256 and _has_flash_attention(model.device):
         use(transformer)
+
+
+def _has_flash_attention(device: torch.device) -> bool:
+    """On NVIDIA's GPUs from Ampere on, with torch 2.12 or newer."""
+    return bool(
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and varlen_attn is not None
+        and {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    )
 
 
 def use(transformer: Transformer) -> None:
@@ -105,6 +117,7 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal
         )
+    assert varlen_attn is not None
     assert not (dropout and module.training), "packed micro-batches have no dropout in attention"
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     back = -1 if sliding_window is None else sliding_window - 1

@@ -68,12 +68,13 @@ class Memory:
         return 0
 
 
-def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, bf16: bool) -> Memory:
+def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, bf16: bool, shards: int = 1) -> Memory:
     """What a budget leaves for activations.
 
     Args:
         budget: GB for all that a process holds while it trains, or `auto`: a share of what is free.
         bf16: whether training computes in bf16.
+        shards: over how many processes weights, gradients and moments are shared out.
 
     Raises:
         ConfigError: not even one text fits.
@@ -83,8 +84,9 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
     footprint = measure(encoder, length, bf16)
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
     # Gradients, two moments of the optimizer, and the gradient of the largest weight before it is added.
-    held = memory_held(encoder.device) + 3 * sum(trained) + max(trained)
-    limit = held + free_memory(encoder.device) if budget == "auto" else budget * GB
+    now = memory_held(encoder.device)
+    held = now + (3 * sum(trained) + max(trained)) / shards
+    limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
     left = limit - held
     while tokens > length and _peak(footprint, tokens, length) > left:
         tokens //= 2
@@ -168,9 +170,13 @@ def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:
 
 
 def _container_memory() -> float:
-    """What the container that holds this process has left; no limit where there is none."""
+    """What the container of this process has left, files it may forget included; inf where nothing limits it."""
     try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return float("inf") if limit == "max" else max(0.0, float(limit) - float(used))
-    except (OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit == "max":
+            return float("inf")
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0.0, float(limit) - float(used) + float(statistics["inactive_file"]))
+    except (OSError, ValueError, KeyError):
         return float("inf")

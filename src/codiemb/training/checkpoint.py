@@ -8,7 +8,6 @@ file that was cut or changed later is told from its manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from codiemb.errors import CheckpointError
-from codiemb.files import publish
+from codiemb.files import publish, sha256
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"  # what is not finished; of a process that died if nobody writes there
@@ -48,7 +47,7 @@ def seal(folder: Path, **what: Any) -> None:
     """Writes the manifest of a finished folder; `what` are the fields of `Checkpoint` aside from the path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor() as threads:
-        hashes = list(threads.map(_sha256, files))
+        hashes = list(threads.map(sha256, files))
     listed = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": found}
         for path, found in zip(files, hashes, strict=True)
@@ -80,7 +79,7 @@ def verify(folder: Path) -> Checkpoint:
         if found != size:
             raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{size} bytes")
     with ThreadPoolExecutor() as threads:
-        for path, hashed in {path: threads.submit(_sha256, path) for path in files}.items():
+        for path, hashed in {path: threads.submit(sha256, path) for path in files}.items():
             try:
                 same = hashed.result() == files[path][1]
             except OSError as error:
@@ -145,14 +144,6 @@ def _put_aside(folder: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
     return aside
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def _damaged(path: Path, got: str | OSError, expected: str) -> CheckpointError:

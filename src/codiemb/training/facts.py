@@ -93,7 +93,7 @@ def _other(kind: type[CodiembError], what: str, got: str, expected: str, place: 
     return kind(f"--resume, {what}", got=got, expected=expected, fix=f"bring the old {place} back, or start a new run")
 
 
-def environment_of(arguments: TrainingArguments, micro_batch_tokens: int) -> dict[str, Any]:
+def environment_of(arguments: TrainingArguments, micro_batch_tokens: int, packed: bool) -> dict[str, Any]:
     """What roundings depend on: versions, device, threads, precision, the cut into micro-batches."""
     gpu = torch.cuda.is_available()
     return {
@@ -104,6 +104,7 @@ def environment_of(arguments: TrainingArguments, micro_batch_tokens: int) -> dic
         "world_size": world_size(),
         "bf16": arguments.bf16,
         "micro_batch_tokens": micro_batch_tokens,
+        "packed": packed,
     }
 
 

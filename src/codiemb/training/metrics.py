@@ -63,7 +63,7 @@ class MetricsLog(TrainerCallback):
             "task": "+".join(batch["task"] for batch in batches),
             "loss": torch.stack([objective["loss"] for objective in objectives]).sum(),
             **parts,
-            "counts": total(counts, objectives[0]["loss"].device),
+            "counts": total(counts),
             "candidates_per_query": contrastive[0] if contrastive else None,
             "seconds/tokenizer": inputs["seconds"],
         }

@@ -121,7 +121,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     keep_memory()
     run = Path(config.output_dir)
     start(config.train.ddp_timeout)
-    with StopOnSignal(run) as stop, told_of_full_disk(run, run / WRITING), contextlib.ExitStack() as stack:
+    with StopOnSignal(run) as stop, contextlib.ExitStack() as stack, told_of_full_disk(run):
+        seen = on_first(lambda: _content(run))
         checkpoint, passed_over = on_first(lambda: _look_at_run_folder(config, resume, overwrite))
         require_devices(config)
         prepared = prepare(config)
@@ -137,7 +138,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
         logger.info(prepared.report.text())
         logger.info(_settings_text(prepared, trainer))
-        on_first(lambda: stack.enter_context(held(run)))
+        on_first(lambda: _hold(run, stack, seen))
         if rank() == 0:
             _start_run_folder(run, overwrite, prepared, trainer)
         barrier()
@@ -249,6 +250,26 @@ def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> tuple[
             fix="add --resume to go on or --overwrite to start again",
         )
     return None, []
+
+
+def _content(run: Path) -> list[Path]:
+    return [path for path in (run / "model", *checkpoints(run)) if path.exists()]
+
+
+def _hold(run: Path, stack: contextlib.ExitStack, seen: list[Path]) -> None:
+    """Keeps other processes out of the run folder until `stack` is left.
+
+    Raises:
+        ConfigError: another process is in it, or was there since the folder was looked at.
+    """
+    stack.enter_context(held(run, run / WRITING))
+    if _content(run) != seen:
+        raise ConfigError(
+            f"output_dir {run}",
+            got="a checkpoint or model that another run has written since this one began",
+            expected="one run to a folder",
+            fix="start again",
+        )
 
 
 def _resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ class JointTrainer(Trainer):
         self.sharded = bool(config.train.fsdp or config.train.deepspeed)
         for parameter in idle_parameters(encoder) + (unused_parameters(encoder) if self.sharded else []):
             parameter.requires_grad_(False)
-        memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16)
+        shards = world_size() if self.sharded else 1
+        memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16, shards)
         packed = packs(encoder, arguments.bf16, attention_dropout(encoder))
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens, packed)
         self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)
@@ -79,7 +80,7 @@ class JointTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the log has its own bar
         self.encoder = encoder
         self.facts = facts
-        self.environment = environment_of(arguments, memory.micro_batch_tokens)
+        self.environment = environment_of(arguments, memory.micro_batch_tokens, packed)
         self.saved_step: int | None = None
         self.config = config
         self.rank_check_steps = config.train.rank_check_steps

@@ -1,0 +1,218 @@
+"""The weights of a model folder, read piece by piece: safetensors in one file or in shards, and LoRA adapters.
+
+Files are read at an offset into buffers that go, not mapped, so that a process never holds more than the pieces it
+works on, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from codiemb.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ADAPTERS = "adapter_model.safetensors"
+_OF_ADAPTERS = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: where its bytes begin, and what they are."""
+
+    file: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Of the tensor as a matrix; what has fewer than two dimensions is one row."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def width(self) -> int:
+        return math.prod(self.shape) // max(1, self.rows)
+
+
+class Weights:
+    """The tensors of a model folder by name: the path of the module's folder and the name in its file.
+
+    Raises:
+        CheckpointError: no safetensors, a damaged file, pickled weights, or adapters that are not plain LoRA.
+    """
+
+    def __init__(self, folder: Path, base: Weights | None = None) -> None:
+        """`base` holds the weights that adapters stand beside."""
+        self.folder = folder
+        self.files: list[Path] = []
+        self.stored: dict[str, Stored] = {}
+        self._open: dict[Path, int] = {}
+        self._lora: dict[str, tuple[Stored, Stored]] = {}
+        self._scaling = 0.0
+        self._base = base
+        for module in _modules(folder):
+            for file in _weight_files(folder, module):
+                self.files.append(file)
+                for name, stored in _header(file).items():
+                    self.stored[f"{module}/{name}" if module else name] = stored
+        if (folder / ADAPTERS).is_file():
+            self._read_adapters()
+        if not self.stored:
+            raise _no_weights(folder)
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self._lora)
+
+    def read(self, name: str, begin: int, end: int) -> Tensor:
+        """Rows of a tensor as [row, width], in the type it is stored in (with adapters: float32)."""
+        if name not in self._lora:
+            return self._read(self.stored[name], begin, end)
+        assert self._base is not None
+        down, up = self._lora[name]
+        rows = self._base.read(name, begin, end).float()
+        product = self._read(up, begin, end).float() @ self._read(down, 0, down.rows).float()
+        return rows + self._scaling * product
+
+    def _read(self, stored: Stored, begin: int, end: int) -> Tensor:
+        size = stored.dtype.itemsize
+        wanted = (end - begin) * stored.width * size
+        buffer = torch.empty(wanted, dtype=torch.uint8)
+        view = buffer.numpy().data
+        descriptor = self._open.get(stored.file)
+        if descriptor is None:
+            descriptor = self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
+        done = 0
+        while done < wanted:
+            got = os.preadv(descriptor, [view[done:]], stored.begin + begin * stored.width * size + done)
+            if got == 0:
+                raise _damaged(stored.file, "a file that became shorter while it was read")
+            done += got
+        return buffer.view(stored.dtype).view(end - begin, stored.width)
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._open.clear()
+
+    def _read_adapters(self) -> None:
+        """Replaces the names of LoRA's matrices by those of the weights they are added to."""
+        base, config = self._base, _json(self.folder / "adapter_config.json")
+        adapters = {
+            name.removeprefix(_OF_ADAPTERS): self.stored.pop(name)
+            for name in list(self.stored)
+            if name.startswith(_OF_ADAPTERS)
+        }
+        plain = config.get("peft_type") == "LORA" and not any(
+            config.get(setting)
+            for setting in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "fan_in_fan_out")
+        )
+        downs = {name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")}
+        if not plain or base is None or len(adapters) != 2 * len(downs):
+            raise CheckpointError(
+                f"checkpoint {self.folder}",
+                got="adapters that are not plain LoRA on linear layers",
+                expected="LoRA, or whole weights",
+                fix="merge the adapters into their model first (docs/training.md, LoRA)",
+            )
+        self._scaling = config["lora_alpha"] / config["r"]
+        self.stored = base.stored | self.stored
+        for target in downs:
+            name = f"{target}.weight"
+            if name not in base.stored:
+                raise CheckpointError(
+                    f"checkpoint {self.folder}", got=f"an adapter of {name}", expected=f"a tensor of {base.folder}"
+                )
+            down, up = adapters[f"{target}.lora_A.weight"], adapters[f"{target}.lora_B.weight"]
+            if (up.rows, down.width) != (base.stored[name].rows, base.stored[name].width):
+                raise CheckpointError(
+                    f"checkpoint {self.folder}, adapter of {name}",
+                    got=f"{up.rows} x {down.width}",
+                    expected=f"{list(base.stored[name].shape)}, as in {base.folder}",
+                )
+            self._lora[name] = (down, up)
+
+
+def _modules(folder: Path) -> list[str]:
+    """Folders of the modules of a SentenceTransformer; a folder of transformers is one."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"checkpoint {folder}", got="no such folder", expected="a model folder", fix="check the path"
+        )
+    if not (folder / "modules.json").is_file():
+        return [""]
+    return [str(module["path"]) for module in _json(folder / "modules.json")]
+
+
+def _weight_files(folder: Path, module: str) -> list[Path]:
+    place = folder / module
+    if (index := place / "model.safetensors.index.json").is_file():
+        return [place / name for name in sorted(set(_json(index)["weight_map"].values()))]
+    return [file for name in ("model.safetensors", ADAPTERS) if (file := place / name).is_file()]
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file; that it is whole is checked by its own library."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        return {
+            name: Stored(file, 8 + length + facts["data_offsets"][0], DTYPES[facts["dtype"]], tuple(facts["shape"]))
+            for name, facts in header.items()
+            if name != "__metadata__"
+        }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(file, str(error)) from None
+    except KeyError as error:
+        raise _damaged(file, f"number type {error}") from None
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"file {file}", got=error, expected="a readable JSON file", fix="copy it again") from None
+
+
+def _damaged(file: Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        f"file {file}", got=got, expected="a whole safetensors file", fix="download or copy it again"
+    )
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    pickled = next((file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(f"*model{pattern}")), None)
+    if pickled is None:
+        return CheckpointError(
+            f"checkpoint {folder}", got="no safetensors", expected="a model folder", fix="check the path"
+        )
+    return CheckpointError(
+        f"file {pickled}",
+        got="pickled weights, which can run any code when they are opened",
+        expected="model.safetensors",
+        fix="convert a model you trust: SentenceTransformer(folder).save(other_folder)",
+    )

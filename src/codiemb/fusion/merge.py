@@ -1,0 +1,284 @@
+"""One model from several, tensor by tensor and tile by tile: memory does not grow with the models.
+
+Arithmetic is one type wider than what is stored (float32 for halves, float64 for float32), so that models that are
+equal come out as they went in, to the last bit, and so does a model whose weight is 1. Checkpoints are added in the
+order of their paths, so the order in which they are named does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from codiemb.errors import CheckpointError
+from codiemb.fusion.folder import NAMES, Stored, Weights
+from codiemb.fusion.weights import (
+    Granularity,
+    Norm,
+    Weighting,
+    finished,
+    norm_of_parts,
+    of_elements,
+    weights_of,
+)
+
+TILE = 1 << 18  # elements worked on at once
+THREADS = os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A tensor of all models, to be gone through in tiles of whole rows.
+
+    Attributes:
+        name: of the tensor.
+        parents: the models.
+        base: where they began; None if it has no such tensor.
+        like: shape and type of the result.
+    """
+
+    name: str
+    parents: Sequence[Weights]
+    base: Weights | None
+    like: Stored
+    whole: bool = False
+
+    def __iter__(self) -> Iterator[tuple[int, list[Tensor], Tensor | None]]:
+        """First row, the models' rows and the base's, as [row, width] in a type one wider than what is stored."""
+        step = max(1, self.like.rows if self.whole else TILE // max(1, self.like.width))
+        for begin in range(0, self.like.rows, step):
+            end = min(begin + step, self.like.rows)
+            wide = torch.float32 if self.like.dtype.itemsize == 2 else torch.float64
+            parts = [parent.read(self.name, begin, end).to(wide) for parent in self.parents]
+            yield begin, parts, None if self.base is None else self.base.read(self.name, begin, end).to(wide)
+
+
+class Rule(Protocol):
+    """A way to merge.
+
+    Attributes:
+        whole: whether it must see a tensor at once.
+        summary: what it weighed, for `fusion.json`: by tensor where weights differ by tensor.
+    """
+
+    whole: bool
+    summary: dict[str, Any]
+
+    def look(self, tensors: Sequence[Tiles]) -> None:
+        """Sees all tensors before any is merged."""
+
+    def weigh(self, tensor: Tiles) -> Any:
+        """What `merge` needs to know of a tensor as a whole."""
+
+    def merge(self, tensor: Tiles, weighed: Any, parts: list[Tensor], base: Tensor | None) -> Tensor:
+        """The rows of the result."""
+
+
+@dataclass
+class Linear:
+    """theta = theta_0 + scale * sum_k w_k (theta_k - theta_0), with weights given or delta-guided.
+
+    Attributes:
+        given: the weights of all tensors; None: delta-guided.
+        groups: by group the places of its models; weights are found within each group, then across groups.
+    """
+
+    granularity: Granularity = "tensor"
+    norm: Norm = "l2"
+    weighting: Weighting = "proportional"
+    temperature: float = 1.0
+    scale: float = 1.0
+    given: Sequence[float] | None = None
+    groups: Sequence[Sequence[int]] = ()
+    whole: bool = False
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def look(self, tensors: Sequence[Tiles]) -> None:
+        if self.given is None and self.granularity == "model":
+            known = [tensor for tensor in tensors if tensor.base is not None]
+            elements = sum(tensor.like.rows * tensor.like.width for tensor in known)
+
+            def norms(mixes: Tensor) -> Tensor:
+                with ThreadPoolExecutor(THREADS) as threads:
+                    parts = list(threads.map(lambda tensor: self._sums(tensor, mixes), known))
+                return finished(torch.stack(parts).sum(dim=0), self.norm, elements)
+
+            self.given = self._guided(norms, len(known[0].parents)).tolist()
+        if self.given is not None:
+            self.summary = {"model": list(self.given)}
+
+    def weigh(self, tensor: Tiles) -> list[float] | None:
+        """Weights of a whole tensor; None where they differ by row or element. What the base lacks is averaged."""
+        if self.given is not None:
+            return list(self.given)
+        models = len(tensor.parents)
+        if tensor.base is None:
+            weights = [1 / models] * models
+        elif self.granularity == "tensor":
+            elements = tensor.like.rows * tensor.like.width
+            weights = self._guided(
+                lambda mixes: finished(self._sums(tensor, mixes), self.norm, elements), models
+            ).tolist()
+        else:
+            return None
+        self.summary[tensor.name] = weights
+        return weights
+
+    def merge(self, tensor: Tiles, weighed: list[float] | None, parts: list[Tensor], base: Tensor | None) -> Tensor:
+        weights: Any = weighed
+        if weights is None:
+            assert base is not None
+            deltas = torch.stack(parts) - base
+
+            def norms(mixes: Tensor) -> Tensor:
+                mixed = deltas if mixes.dim() == 2 else (mixes * deltas).sum(dim=1)
+                if self.granularity == "element":
+                    return of_elements(mixed, self.norm)
+                rows = torch.stack([norm_of_parts(delta, self.norm, rows=True) for delta in mixed])
+                return finished(rows, self.norm, tensor.like.width).unsqueeze(-1)
+
+            weights = self._guided(norms, len(parts))
+        total = torch.zeros_like(parts[0])
+        for weight, part in zip(weights, parts, strict=True):
+            total += weight * part
+        return total if base is None or self.scale == 1 else base + self.scale * (total - base)
+
+    def _guided(self, norms: Callable[[Tensor], Tensor], models: int) -> Float[Tensor, "model ..."]:
+        """Weights from `norms`, which takes mixes of deltas, [mix, model, ...], and gives [mix, ...]."""
+        each = norms(torch.eye(models, dtype=torch.float64))
+        groups = self.groups or [list(range(models))]
+        within = torch.zeros_like(each.unsqueeze(0).expand(len(groups), *each.shape))
+        for number, group in enumerate(groups):
+            within[number, group] = weights_of(each[group], self.weighting, self.temperature)
+        if len(groups) == 1:
+            return within[0]
+        across = weights_of(norms(within), self.weighting, self.temperature)
+        return (across.unsqueeze(1) * within).sum(dim=0)
+
+    def _sums(self, tensor: Tiles, mixes: Float[Tensor, "mix model"]) -> Float[Tensor, " mix"]:
+        """What `finished` makes the norm of each mix of the deltas of."""
+        sums = torch.zeros(len(mixes), dtype=torch.float64)
+        for _, parts, base in tensor:
+            assert base is not None
+            deltas = [part.sub_(base) for part in parts]
+            for place, mix in enumerate(mixes.tolist()):
+                used = [(weight, delta) for weight, delta in zip(mix, deltas, strict=True) if weight]
+                alone = len(used) == 1 and used[0][0] == 1
+                mixed = used[0][1] if alone else torch.stack([weight * delta for weight, delta in used]).sum(dim=0)
+                sums[place] += norm_of_parts(mixed, self.norm, rows=False).item()
+        return sums
+
+
+def merge(
+    parents: Sequence[Weights], base: Weights, template: Weights, rule: Rule, out: Path, *, threads: int = THREADS
+) -> dict[str, float]:
+    """Writes the merged weights into `out`, in files of the names and tensors that `template` has.
+
+    Args:
+        parents: models of the same tensors.
+        base: where they began; its types are those of the result.
+        template: the parent or the base whose files are followed.
+        rule: how.
+        out: an existing folder.
+
+    Returns:
+        `delta_length`: the l2 distance of the result from the base.
+
+    Raises:
+        CheckpointError: nan or inf in a tensor of a parent or of the base.
+    """
+    tensors = tensors_of(parents, base, rule.whole)
+    rule.look(list(tensors.values()))
+    lengths = []
+    for file in template.files:
+        names = [name for name, stored in template.stored.items() if stored.file == file]
+        written = out / file.relative_to(template.folder)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        places = _write_header(written, {name: _like(base, parents[0], name) for name in names}, template, file)
+        with written.open("r+b") as opened, ThreadPoolExecutor(threads) as pool:
+            write = partial(_write_tensor, tensors, parents[0], rule, opened.fileno(), places)
+            lengths += list(pool.map(write, names))
+    return {"delta_length": sum(lengths) ** 0.5}
+
+
+def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -> dict[str, Tiles]:
+    """The floating-point tensors of all models by name."""
+    return {
+        name: Tiles(name, parents, base if name in base.stored else None, _like(base, parents[0], name), whole)
+        for name, stored in parents[0].stored.items()
+        if stored.dtype.is_floating_point
+    }
+
+
+def _write_tensor(
+    tensors: dict[str, Tiles], first: Weights, rule: Rule, descriptor: int, places: dict[str, int], name: str
+) -> float:
+    """Writes a tensor at its place, merged or, of whole numbers, as it is; returns its squared distance from the base,
+    or from 0 where the base has none."""
+    place, squared = places[name], 0.0
+    if name not in tensors:
+        _write(descriptor, first.read(name, 0, first.stored[name].rows), place)
+        return squared
+    tensor = tensors[name]
+    weighed = rule.weigh(tensor)
+    for begin, parts, base in tensor:
+        merged = rule.merge(tensor, weighed, parts, base)
+        squared += (merged if base is None else merged - base).square().sum().item()
+        if not math.isfinite(squared):
+            _refuse_not_finite(tensor, begin, len(merged))
+        row = tensor.like.width * tensor.like.dtype.itemsize
+        _write(descriptor, merged.to(tensor.like.dtype), place + begin * row)
+    return squared
+
+
+def _refuse_not_finite(tensor: Tiles, begin: int, rows: int) -> None:
+    """Says which model has the nan or inf that the merged rows have."""
+    for model in [*tensor.parents, *([tensor.base] if tensor.base else [])]:
+        if not bool(torch.isfinite(model.read(tensor.name, begin, begin + rows)).all()):
+            raise CheckpointError(
+                f"checkpoint {model.folder}, tensor {tensor.name}",
+                got="nan or inf",
+                expected="finite numbers",
+                fix="leave this checkpoint out",
+            )
+    raise CheckpointError(f"tensor {tensor.name}", got="a sum beyond its number type", expected="a smaller scale")
+
+
+def _like(base: Weights, parent: Weights, name: str) -> Stored:
+    """Shape and type of the result: those of the base where it has the tensor."""
+    return base.stored.get(name, parent.stored[name])
+
+
+def _write_header(file: Path, tensors: dict[str, Stored], template: Weights, original: Path) -> dict[str, int]:
+    """Makes a safetensors file of its full size; returns by tensor where its bytes begin."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, own = 0, original.parent.relative_to(template.folder)
+    for name, stored in tensors.items():
+        begin, end = end, end + stored.rows * stored.width * stored.dtype.itemsize
+        short = name if str(own) == "." else name.removeprefix(f"{own}/")
+        header[short] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        os.posix_fallocate(opened.fileno(), 0, 8 + len(text) + end) if end else None
+    begins = [facts["data_offsets"][0] for key, facts in header.items() if key != "__metadata__"]
+    return {name: 8 + len(text) + begin for name, begin in zip(tensors, begins, strict=True)}
+
+
+def _write(descriptor: int, rows: Tensor, place: int) -> None:
+    view: Any = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+    while len(view):
+        done = os.pwrite(descriptor, view, place)
+        view, place = view[done:], place + done
