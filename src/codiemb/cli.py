@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from codiemb.encoder.allocator import keep_memory
 from codiemb.errors import CodiembError, ConfigError, EvaluationError, Stopped
@@ -115,17 +115,45 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def fuse(arguments: argparse.Namespace) -> None:
     from codiemb.encoder.location import locate
+
+    checkpoints = [Path(locate(checkpoint)) for checkpoint in arguments.checkpoints]
+    base, out = Path(locate(arguments.base)), Path(arguments.out)
+    if arguments.inspect:
+        from codiemb.fusion.inspect import inspect
+
+        print(inspect(checkpoints, base, out))
+        return
+    names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run", "force")
+    settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
+    if arguments.suite or arguments.search or arguments.pareto:
+        _search(arguments, checkpoints, base, out, settings)
+        return
     from codiemb.fusion.fuse import fuse
 
-    settings = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run", "force")
-    result = fuse(
-        [locate(checkpoint) for checkpoint in arguments.checkpoints],
-        locate(arguments.base),
-        arguments.out,
-        **{name: getattr(arguments, name) for name in settings},
-        parameters=dict(_parameter(text) for text in arguments.parameters),
-    )
+    result = fuse(checkpoints, base, out, **settings)
     print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
+
+
+def _search(
+    arguments: argparse.Namespace, checkpoints: list[Path], base: Path, out: Path, settings: dict[str, Any]
+) -> None:
+    """Fusions scored on a dev suite."""
+    from codiemb.config import load_suite
+
+    if not arguments.suite:
+        raise ConfigError("--suite", got="none", expected="a dev suite to choose on, with --search and --pareto")
+    suite = load_suite(arguments.suite, arguments.data_root)
+    _quiet_libraries()
+    from codiemb.evaluation.suite import require_readable, scores_of
+    from codiemb.fusion import search
+
+    require_readable(suite)
+    trials = search.Search(checkpoints, base, out, lambda folder: scores_of(folder, suite))
+    if arguments.pareto:
+        print(search.pareto(trials))
+    else:
+        print(search.best(trials, arguments.search, settings))
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -188,16 +216,26 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a model folder; at least two")
     fused.add_argument("--base", required=True, help="the folder (or bundled:NAME) that they were trained from")
     fused.add_argument("--out", required=True, metavar="DIR", help="the new model folder")
-    fused.add_argument("--method", default="delta", help="delta (default), uniform, weighted, slerp, ties, dare, ...")
-    fused.add_argument("--granularity", default="tensor", help="of delta: model, tensor (default), row, element")
-    fused.add_argument("--norm", default="l2", help="of delta: l1, l2 (default), mean_square")
-    fused.add_argument("--weighting", default="proportional", help="of delta: proportional (default), inverse, softmax")
-    fused.add_argument("--temperature", type=float, default=1.0, help="of softmax (default: 1)")
-    fused.add_argument("--scale", type=float, default=1.0, help="0 is the base, 1 (default) the merged weights")
+    for name, help in (
+        (
+            "--method",
+            "delta (default), uniform, weighted, slerp, task_arithmetic, ties, dare, dare_ties, sce, model_stock",
+        ),
+        ("--granularity", "of delta: model, tensor (default), row, element"),
+        ("--norm", "of delta: l1, l2 (default), mean_square"),
+        ("--weighting", "of delta: proportional (default), inverse, softmax"),
+    ):
+        fused.add_argument(name, help=help)
+    fused.add_argument("--temperature", type=float, help="of softmax (default: 1)")
+    fused.add_argument("--scale", type=float, help="0 is the base, 1 (default) the merged weights")
     fused.add_argument("--weights", type=float, nargs="+", metavar="W", help="of weighted: one a checkpoint")
     fused.add_argument("--by-run", action="store_true", help="of delta: weights within each run, then across runs")
-    fused.add_argument(
-        "--parameters", nargs="+", default=[], metavar="NAME=NUMBER", help="of mergekit's methods, as it names them"
-    )
+    fused.add_argument("--parameters", nargs="+", metavar="NAME=NUMBER", help="of mergekit's methods, as it names them")
     fused.add_argument("--force", action="store_true", help="merge checkpoints of other prompts, pooling or tokenizer")
+    fused.add_argument("--suite", metavar="SUITE", help="a dev suite: scores the checkpoints and what is fused")
+    fused.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
+    ways = fused.add_mutually_exclusive_group()
+    ways.add_argument("--search", choices=["greedy", "grid"], help="choose the fusion that scores best on --suite")
+    ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
+    ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
     return parser

@@ -2,7 +2,8 @@
 
 glibc gives large blocks back to the system when they are freed, and takes them again as pages of zeros, a page fault
 each. A step frees and takes all its activations, so a good part of its time goes there. Kept memory is used again as
-it is; the process then holds its peak until it ends.
+it is; the process then holds its peak until it ends. All threads share one pool of it: with one each, what a thread
+frees no other could use.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import os
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
 _GROWTH = 64 << 20
 
 
@@ -23,5 +24,5 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(
         mallopt(option, value) == 1
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _GROWTH))
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _GROWTH), (_M_ARENA_MAX, 1))
     )

@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,14 +27,29 @@ _LONG = 128  # tokens from which the scores cost more than the calls (`benchmark
 def keep_mask(shape: torch.Size, p: float) -> Float[Tensor, "..."]:
     """A mask for dropout: 1 / (1 - p) with probability 1 - p, else 0; p counts in steps of 2^-16.
 
-    The bits are NumPy's SFC64's, its seed is drawn from torch's generator, so that whoever replays that one (GradCache,
-    gradient checkpointing) replays the mask.
+    The bits are NumPy's SFC64's. Its seed is drawn from torch's generator, so that whoever replays that one (GradCache,
+    gradient checkpointing) replays the mask; inside `drawn_from` from the generator there.
     """
     dropped = round(p * 65536)
-    numbers = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+    own = getattr(_of_thread, "seeds", None)
+    seed = int(torch.randint(2**62, ())) if own is None else int(own.integers(2**62))
+    numbers = np.random.Generator(np.random.SFC64(seed))
     size = shape.numel()
     bits = numbers.integers(0, 2**64, size=-(-size // 4), dtype=np.uint64).view(np.int16)[:size]
     return torch.from_numpy(bits).ge(dropped - 32768).float().mul_(65536 / (65536 - dropped)).view(shape)
+
+
+@contextlib.contextmanager
+def drawn_from(seed: int) -> Iterator[None]:
+    """Inside, the masks of this thread depend on `seed` alone."""
+    _of_thread.seeds = np.random.default_rng(seed)
+    try:
+        yield
+    finally:
+        _of_thread.seeds = None
+
+
+_of_thread = threading.local()
 
 
 class Dropout(nn.Dropout):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.gpu import packs
 from codiemb.encoder.model import hidden_states
+from codiemb.encoder.threads import pays, side_by_side
 from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
 
@@ -58,17 +60,26 @@ def embed(
     """
 
     def run(features: Features) -> tuple[Tensor, ...]:
-        with hidden_states(encoder, middle):
-            output = encoder(dict(features))
+        output = encoder(dict(features))
         final = output["sentence_embedding"].float()
         return (final, pool_middle(encoder, output).float()) if middle else (final,)
 
-    rows = []
-    # Without early stop: no exception passes through the model's hooks, and there is nothing after pooling to save.
-    with set_checkpoint_early_stop(False):
-        for number, features in enumerate(micro_batches):
-            rows.append(checkpoint(run, features, use_reentrant=False) if number < cached else run(features))
-    final, *others = (torch.cat(column)[place] for column in zip(*rows, strict=True))
+    inside = partial(hidden_states, encoder, middle)
+    if pays(encoder, micro_batches):
+        columns = side_by_side(encoder, run, micro_batches, cached, inside)
+    else:
+
+        def alone(features: Features) -> tuple[Tensor, ...]:
+            with inside():
+                return run(features)
+
+        rows = []
+        # Without early stop: no exception passes through the model's hooks, and after pooling nothing is to be saved.
+        with set_checkpoint_early_stop(False):
+            for number, features in enumerate(micro_batches):
+                rows.append(checkpoint(alone, features, use_reentrant=False) if number < cached else alone(features))
+        columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    final, *others = (column[place] for column in columns)
     return Embeddings(final, others[0] if middle else None)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from codiemb.config import ROLES, Source
 from codiemb.data.store import load_records
 from codiemb.distributed import from_first, rank, world_size
 from codiemb.encoder.engine import encode_on_all_ranks, encode_share
-from codiemb.encoder.model import instructed, max_length, prompt
+from codiemb.encoder.model import instructed, max_length, open_model, prompt
 from codiemb.encoder.tokens import Text
 from codiemb.evaluation import retrieval, similarity
 from codiemb.files import write_whole
@@ -157,6 +158,16 @@ def average(results: dict[str, dict[str, float]], suite: list[Source]) -> dict[s
         if values:
             means[task] = float(np.mean(values))
     return means
+
+
+def scores_of(folder: Path, suite: list[Source]) -> dict[str, float]:
+    """By task the mean headline metric of the model in a folder.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    with tempfile.TemporaryDirectory() as out:
+        return average(evaluate_suite(open_model(str(folder), dtype=torch.float32), suite, Path(out)), suite)
 
 
 def _progress(name: str, texts: set[Text]) -> tqdm:

@@ -110,7 +110,7 @@ def fuse(
         parents = [Weights(folder, of_base) for folder in folders]
         for opened in (of_base, *parents):
             stack.callback(opened.close)
-        _require_alike(parents, of_base)
+        require_alike(parents, of_base)
         differences = [difference for folder in folders[1:] for difference in _differences(folders[0], folder)]
         if differences and not force:
             raise CheckpointError(
@@ -241,7 +241,7 @@ def _require_empty(out: Path) -> None:
         raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
 
 
-def _require_alike(parents: list[Weights], base: Weights) -> None:
+def require_alike(parents: list[Weights], base: Weights) -> None:
     """The same tensors in the same shapes, floating ones in the base too; the others equal."""
     first = parents[0]
     for parent in parents[1:]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,9 @@ from typing import Any
 
 import torch
 
+from codiemb.files import require_folder, write_whole
 from codiemb.fusion.folder import Weights
+from codiemb.fusion.fuse import require_alike
 from codiemb.fusion.merge import THREADS, Tiles, tensors_of
 
 
@@ -51,7 +55,9 @@ def moves(checkpoints: Sequence[Path], base: Path) -> tuple[list[Moves], list[Mo
         CheckpointError: folders that cannot be compared.
     """
     of_base = Weights(base)
-    tensors = tensors_of([Weights(folder, of_base) for folder in checkpoints], of_base)
+    parents = [Weights(folder, of_base) for folder in checkpoints]
+    require_alike(parents, of_base)
+    tensors = tensors_of(parents, of_base)
     known = [tensor for tensor in tensors.values() if tensor.base is not None]
     with torch.inference_mode(), ThreadPoolExecutor(THREADS) as threads:
         sums = list(threads.map(_sums, known))
@@ -60,6 +66,61 @@ def moves(checkpoints: Sequence[Path], base: Path) -> tuple[list[Moves], list[Mo
         layers.setdefault(layer(tensor.name), []).append(found)
     by_layer = [_moves(name, torch.stack(parts).sum(dim=0)) for name, parts in layers.items()]
     return by_layer, [_moves(tensor.name, found) for tensor, found in zip(known, sums, strict=True)]
+
+
+def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
+    """Writes `moves.json` and `moves.svg` into `out`; returns a table by layer.
+
+    Raises:
+        CheckpointError: folders that cannot be compared.
+        ConfigError: `out` cannot be written.
+    """
+    require_folder("--out", out)
+    layers, tensors = moves(checkpoints, base)
+    out.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {
+        "base": str(base),
+        "checkpoints": [str(folder) for folder in checkpoints],
+        "layers": [found.facts() for found in layers],
+        "tensors": [found.facts() for found in tensors],
+    }
+    write_whole(out / "moves.json", json.dumps(content, indent=2) + "\n")
+    write_whole(out / "moves.svg", _figure(content))
+    rows = [
+        "| layer | moved (share of the base's length) | cosine, lowest pair | sign conflicts |",
+        "|---|---|---:|---:|",
+    ]
+    for facts in content["layers"]:
+        moved = ", ".join(f"{100 * value:.2f} %" for value in facts["relative"])
+        rows.append(f"| {facts['name']} | {moved} | {_lowest(facts):.3f} | {100 * facts['sign_conflicts']:.1f} % |")
+    return "\n".join([*(f"{n + 1}: {folder}" for n, folder in enumerate(checkpoints)), "", *rows])
+
+
+def _lowest(facts: dict[str, Any]) -> float:
+    return min(value for n, row in enumerate(facts["cosines"]) for value in row[n + 1 :])
+
+
+_COLOURS = ("#0072b2", "#d55e00")  # of what agrees and what does not; told apart by the colour-blind too
+
+
+def _figure(content: dict[str, Any]) -> str:
+    """Where they pull apart: by layer the lowest cosine between two deltas, as bars around 0."""
+    layers = content["layers"]
+    height = 40 + 22 * len(layers)
+    bars = []
+    for place, facts in enumerate(layers):
+        value, y = _lowest(facts), 34 + 22 * place
+        left, width = 300 + min(0, 150 * value), abs(150 * value)
+        bars.append(
+            f'<text x="140" y="{y + 12}" text-anchor="end">{html.escape(facts["name"])}</text>'
+            f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="16" fill="{_COLOURS[value < 0]}"/>'
+            f'<text x="460" y="{y + 12}">{value:.3f}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 {height}" font-family="sans-serif" font-size="12">'
+        '<text x="10" y="18">Lowest cosine between the moves of two checkpoints, by layer (-1 to 1)</text>'
+        f'{"".join(bars)}<line x1="300" y1="28" x2="300" y2="{height - 6}" stroke="#888"/></svg>\n'
+    )
 
 
 def layer(name: str) -> str:

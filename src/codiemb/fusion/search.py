@@ -1,6 +1,7 @@
 """Which fusion is best: tried on a dev suite, every trial recorded. What scores a model is handed in.
 
-A score is the mean of the tasks' means (retrieval nDCG@10, similarity Spearman), each over its data sets.
+The score of a model is the mean over the tasks of the suite of each task's mean (nDCG@10 for retrieval, Spearman for
+similarity). Each trial is a line of `trials.jsonl`; the chosen model is in `best`.
 """
 
 from __future__ import annotations
@@ -12,28 +13,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from codiemb.errors import ConfigError
-from codiemb.fusion.fuse import Fused, fuse
+from codiemb.files import require_folder, write_whole
+from codiemb.fusion.fuse import fuse
 
 logger = logging.getLogger(__name__)
 
 Score = Callable[[Path], dict[str, float]]  # a model folder -> by task the mean over its data sets
+Way = Literal["greedy", "grid"]
 GRID: tuple[dict[str, Any], ...] = (
     {"method": "uniform"},
     {"method": "uniform", "scale": 0.7},
     {"method": "uniform", "scale": 1.3},
     *({"granularity": granularity} for granularity in ("model", "tensor", "row", "element")),
-    {"granularity": "tensor", "weighting": "inverse"},
+    {"weighting": "inverse"},
     {"granularity": "element", "norm": "mean_square"},
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Settings of `fuse`, or one checkpoint alone, and its scores by task."""
+    """Checkpoints and settings of `fuse`, or one checkpoint alone with none; and the scores by task."""
 
+    checkpoints: list[str]
     settings: dict[str, Any]
     scores: dict[str, float]
 
@@ -43,104 +47,162 @@ class Trial:
 
 
 class Search:
-    """Scores fusions in `out`/trials and keeps a line for each in `out`/trials.jsonl."""
+    """Tries fusions of some checkpoints.
+
+    Args:
+        checkpoints: at least two model folders.
+        base: the model they were trained from.
+        out: a new folder, for trials and the model that is chosen.
+        score: what scores a model folder.
+
+    Raises:
+        ConfigError: `out` holds files.
+    """
 
     def __init__(self, checkpoints: Sequence[Path], base: Path, out: Path, score: Score) -> None:
+        require_folder("--out", out)
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
+        if len(checkpoints) < 2:
+            raise ConfigError("checkpoints", got=len(checkpoints), expected="at least two")
         self.checkpoints, self.base, self.out, self.score = list(checkpoints), base, out, score
         self.trials: list[Trial] = []
 
-    def alone(self) -> list[Trial]:
-        """Each checkpoint by itself."""
-        return [self._record({"checkpoint": str(folder)}, folder) for folder in self.checkpoints]
+    def alone(self, checkpoint: Path) -> Trial:
+        """Scores one checkpoint as it is."""
+        return self._record([checkpoint], {}, checkpoint)
 
-    def try_fusion(self, checkpoints: Sequence[Path], **settings: Any) -> Trial:
+    def fused(self, checkpoints: Sequence[Path], settings: dict[str, Any]) -> Trial:
+        """Scores a fusion."""
         folder = self.out / "trial"
-        shutil.rmtree(folder, ignore_errors=True)
         fuse(checkpoints, self.base, folder, **settings)
-        names = (
-            {} if len(checkpoints) == len(self.checkpoints) else {"checkpoints": [str(path) for path in checkpoints]}
-        )
-        trial = self._record({**names, **settings}, folder)
-        shutil.rmtree(folder)
-        return trial
+        try:
+            return self._record(checkpoints, settings, folder)
+        finally:
+            shutil.rmtree(folder)
 
-    def grid(self, settings: Sequence[dict[str, Any]] = GRID) -> Trial:
-        """The best of some settings."""
-        return max([self.try_fusion(self.checkpoints, **chosen) for chosen in settings], key=lambda trial: trial.score)
+    def keep(self, trial: Trial) -> Path:
+        """Writes the model of a trial, with its scores and all trials in its `fusion.json`."""
+        best = self.out / "best"
+        if len(trial.checkpoints) == 1:
+            shutil.copytree(trial.checkpoints[0], best)
+            facts: dict[str, Any] = {"method": "one checkpoint", "parents": trial.checkpoints}
+        else:
+            facts = fuse(trial.checkpoints, self.base, best, **trial.settings).facts
+        facts = {**facts, "scores": trial.scores, "trials": [asdict(tried) for tried in self.trials]}
+        write_whole(best / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return best
 
-    def greedy(self) -> Trial:
-        """Greedy soup (Wortsman et al., 2022): from the best checkpoint on, each next one stays if the score rises."""
-        alone = sorted(zip(self.alone(), self.checkpoints, strict=True), key=lambda pair: -pair[0].score)
-        best, kept = alone[0][0], [alone[0][1]]
-        for _, folder in alone[1:]:
-            trial = self.try_fusion([*kept, folder], method="uniform")
-            if trial.score > best.score:
-                best, kept = trial, [*kept, folder]
-        return Trial({"method": "uniform", "checkpoints": [str(folder) for folder in kept]}, best.scores)
-
-    def _record(self, settings: dict[str, Any], folder: Path) -> Trial:
-        trial = Trial(settings, self.score(folder))
+    def _record(self, checkpoints: Sequence[Path], settings: dict[str, Any], folder: Path) -> Trial:
+        trial = Trial([str(path) for path in checkpoints], settings, self.score(folder))
         self.trials.append(trial)
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "trials.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**asdict(trial), "score": trial.score}) + "\n")
-        logger.info(f"trial {len(self.trials)}: {trial.score:.4f} {trial.scores} {settings}")
+        logger.info(f"trial {len(self.trials)}, score {100 * trial.score:.2f}: {settings or checkpoints[0]}")
         return trial
 
 
-def front(points: Sequence[Sequence[float]]) -> list[int]:
-    """Places of the points that no other is as good as in both and better in one, by the first value."""
-    return sorted(
-        (
-            place
-            for place, (x, y) in enumerate(points)
-            if not any(a >= x and b >= y and (a > x or b > y) for a, b in points)
-        ),
-        key=lambda place: points[place][0],
-    )
+def best(search: Search, way: Way | None, settings: dict[str, Any]) -> str:
+    """Tries each checkpoint alone and what `way` says, keeps the best of all; returns a table of the trials.
 
-
-def knee(points: Sequence[Sequence[float]]) -> int:
-    """The point of a front that is farthest above the line between its ends, each axis scaled to that line."""
-    if not points:
-        raise ConfigError("pareto", got="no points", expected="at least one")
-    (x_0, y_0), (x_1, y_1) = points[0], points[-1]
-    width, height = (x_1 - x_0) or 1.0, (y_0 - y_1) or 1.0
-    return max(
-        range(len(points)), key=lambda place: (points[place][0] - x_0) / width + (points[place][1] - y_1) / height
-    )
-
-
-def pareto(one: Path, other: Path, base: Path, out: Path, score: Score, steps: int = 11) -> dict[str, Any]:
-    """Models on the way from one expert to another, with the scores of each, the front and its knee.
-
-    Writes `pareto.json` into `out`.
+    Args:
+        way: `greedy`: greedy soup; `grid`: `GRID`; None: the one fusion of `settings`.
     """
-    search = Search([one, other], base, out, score)
-    trials = []
-    for step in range(steps):
-        share = step / (steps - 1)
-        trials.append(search.try_fusion([one, other], method="weighted", weights=[1 - share, share]))
-    tasks = list(trials[0].scores)
+    alone = [search.alone(checkpoint) for checkpoint in search.checkpoints]
+    if way == "greedy":
+        greedy_soup(search, alone)
+    else:
+        for tried in GRID if way == "grid" else (settings,):
+            search.fused(search.checkpoints, {**settings, **tried})
+    chosen = max(search.trials, key=lambda trial: trial.score)
+    return f"{_table(search.trials, chosen)}\n\nmodel {search.keep(chosen)}"
+
+
+def greedy_soup(search: Search, alone: Sequence[Trial]) -> Trial:
+    """From the best checkpoint on, each next one stays in the average if the score rises (Wortsman et al., 2022)."""
+    ranked = sorted(alone, key=lambda trial: -trial.score)
+    soup = ranked[0]
+    for trial in ranked[1:]:
+        more = search.fused([Path(path) for path in [*soup.checkpoints, *trial.checkpoints]], {"method": "uniform"})
+        soup = max(soup, more, key=lambda tried: tried.score)
+    return soup
+
+
+def pareto(search: Search, steps: int = 11) -> str:
+    """The way from the first checkpoint to the second in equal steps, any further checkpoint as a point beside it.
+
+    Writes `pareto.json` and `pareto.svg` and keeps the knee of the front; returns a table.
+    """
+    one, other = search.checkpoints[:2]
+    shares = [step / (steps - 1) for step in range(steps)]
+    for share in shares:
+        search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
+    for further in search.checkpoints[2:]:
+        search.alone(further)
+    tasks = list(search.trials[0].scores)
     if len(tasks) != 2:
-        raise ConfigError("suite", got=f"data sets of {', '.join(tasks)}", expected="retrieval and similarity")
-    points = [[trial.scores[task] for task in tasks] for trial in trials]
-    best = front(points)
+        raise ConfigError("--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity")
+    points = [(trial.scores[tasks[0]], trial.scores[tasks[1]]) for trial in search.trials]
+    best_of_all = front(points)
+    at_knee = best_of_all[knee([points[place] for place in best_of_all])]
     content = {
         "tasks": tasks,
-        "points": [{**asdict(trial), "share": step / (steps - 1)} for step, trial in enumerate(trials)],
-        "front": best,
-        "knee": best[knee([points[place] for place in best])],
+        "points": [asdict(trial) for trial in search.trials],
+        "front": best_of_all,
+        "knee": at_knee,
     }
-    (out / "pareto.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return content
+    write_whole(search.out / "pareto.json", json.dumps(content, indent=2) + "\n")
+    write_whole(search.out / "pareto.svg", _figure(tasks, points, best_of_all, at_knee))
+    chosen = search.trials[at_knee]
+    return f"{_table(search.trials, chosen)}\n\nmodel at the knee {search.keep(chosen)}"
 
 
-def fuse_best(search: Search, best: Trial, out: Path) -> Fused:
-    """The model of a trial, with all trials in its `fusion.json`."""
-    settings = dict(best.settings)
-    checkpoints = [Path(path) for path in settings.pop("checkpoints", search.checkpoints)]
-    fused = fuse(checkpoints, search.base, out, **settings)
-    facts = {**fused.facts, "scores": best.scores, "trials": [asdict(trial) for trial in search.trials]}
-    (out / "fusion.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Fused(out, facts)
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Places of the points that no other is as good as in both and better in one, by their first value."""
+    beaten = {
+        place for place, (x, y) in enumerate(points) if any(a >= x and b >= y and (a > x or b > y) for a, b in points)
+    }
+    return sorted(set(range(len(points))) - beaten, key=lambda place: points[place])
+
+
+def knee(points: Sequence[tuple[float, float]]) -> int:
+    """Of a front, ordered, the point farthest above the line between its ends, both axes scaled to that line."""
+    (left, top), (right, bottom) = points[0], points[-1]
+    width, height = (right - left) or 1.0, (top - bottom) or 1.0
+    return max(
+        range(len(points)), key=lambda place: (points[place][0] - left) / width + (points[place][1] - bottom) / height
+    )
+
+
+def _table(trials: Sequence[Trial], chosen: Trial) -> str:
+    tasks = list(trials[0].scores)
+    rows = [f"| checkpoints and settings | {' | '.join(tasks)} | mean |", f"|---|{'---:|' * (len(tasks) + 1)}"]
+    for trial in trials:
+        settings = ", ".join(f"{key} {value}" for key, value in trial.settings.items()) or "alone"
+        names = ", ".join("/".join(Path(path).parts[-2:]) for path in trial.checkpoints)
+        scores = " | ".join(f"{100 * value:.2f}" for value in (*trial.scores.values(), trial.score))
+        rows.append(f"| {names}: {settings}{' **(chosen)**' * (trial is chosen)} | {scores} |")
+    return "\n".join(rows)
+
+
+def _figure(tasks: list[str], points: Sequence[tuple[float, float]], best_of_all: list[int], at_knee: int) -> str:
+    """The front and all points, in points of 0 to 100."""
+    xs, ys = ([100 * point[axis] for point in points] for axis in (0, 1))
+    width, height = (max(values) - min(values) or 1.0 for values in (xs, ys))
+    at = [(70 + 400 * (x - min(xs)) / width, 330 - 280 * (y - min(ys)) / height) for x, y in zip(xs, ys, strict=True)]
+    line = " ".join(f"{at[place][0]:.1f},{at[place][1]:.1f}" for place in best_of_all)
+    dots = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{7 if place == at_knee else 4}" '
+        f'fill="{"#d55e00" if place == at_knee else "#0072b2" if place in best_of_all else "#999"}">'
+        f"<title>{tasks[0]} {xs[place]:.2f}, {tasks[1]} {ys[place]:.2f}</title></circle>"
+        for place, (x, y) in enumerate(at)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 390" font-family="sans-serif" font-size="12">'
+        f'<polyline points="{line}" fill="none" stroke="#0072b2"/>{dots}'
+        f'<text x="270" y="378" text-anchor="middle">{tasks[0]}, mean in points: {min(xs):.2f} to {max(xs):.2f}</text>'
+        f'<text x="20" y="190" text-anchor="middle" transform="rotate(-90 20 190)">'
+        f"{tasks[1]}, mean in points: {min(ys):.2f} to {max(ys):.2f}</text>"
+        f'<text x="{at[at_knee][0] + 10:.1f}" y="{at[at_knee][1] - 8:.1f}">knee</text></svg>\n'
+    )

@@ -1,0 +1,158 @@
+"""Micro-batches side by side: on a processor a thread for each does more than all threads for one after the other.
+
+Many operations of a micro-batch are too small for several threads, or run on one only. So each thread runs a
+micro-batch of its own, forward and backward, and the gradients are added in the order of the micro-batches, which
+makes a run repeatable to the last bit. Cached gradients (`codiemb.encoder.engine`) are the same here: a micro-batch
+that was not kept runs again, with the same dropout, when its gradient has come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from codiemb.encoder import cpu
+
+Outputs = tuple[Tensor, ...]
+Run = Callable[[dict[str, Any]], Outputs]
+Inside = Callable[[], AbstractContextManager[None]]
+
+
+def side_by_side(
+    encoder: SentenceTransformer, run: Run, micro_batches: list[dict[str, Any]], cached: int, inside: Inside
+) -> Outputs:
+    """What `run` gives for all micro-batches, each output as one tensor; with gradient where it is enabled.
+
+    Args:
+        encoder: the model that `run` runs.
+        run: a micro-batch -> its outputs, [text, ...] each.
+        micro_batches: at least one.
+        cached: so many, from the first, keep no activations.
+        inside: a context of the whole process, in which `run` runs whenever it does.
+    """
+    seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
+    jobs = [_Job(run, features, seed) for features, seed in zip(micro_batches, seeds, strict=True)]
+    weights = [weight for weight in encoder.parameters() if weight.requires_grad]
+    if torch.is_grad_enabled() and weights:
+        return _SideBySide.apply(jobs, cached, partial(_inside, encoder, inside), *weights)
+    inference = torch.is_inference_mode_enabled()
+    with inside(), _workers(len(jobs)) as workers:
+        outputs = list(workers.map(lambda job: job.forward(keep=False, inference=inference), jobs))
+    return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+
+def pays(encoder: SentenceTransformer, micro_batches: Sequence[Any]) -> bool:
+    """Whether micro-batches can and should run side by side: several, on several threads of a processor, and with no
+    random numbers but those that a job has a seed for."""
+    return (
+        len(micro_batches) > 1
+        and encoder.device.type == "cpu"
+        and torch.get_num_threads() > 1
+        and getattr(getattr(encoder[0], "config", None), "_attn_implementation", None) == cpu.ATTENTION
+        and not getattr(encoder[0].model, "is_gradient_checkpointing", False)
+        and not any(type(module) is nn.Dropout and module.p for module in encoder.modules())
+    )
+
+
+@dataclass
+class _Job:
+    """One micro-batch, forward and backward, on whichever thread."""
+
+    run: Run
+    features: dict[str, Any]
+    seed: int
+    outputs: Outputs | None = None
+
+    def __post_init__(self) -> None:
+        self.bf16 = torch.is_autocast_enabled("cpu")  # for the thread that asks only, so it is carried over
+
+    def forward(self, keep: bool, inference: bool = False) -> Outputs:
+        with (
+            cpu.drawn_from(self.seed),
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(keep),
+            torch.autocast("cpu", torch.bfloat16, enabled=self.bf16),
+        ):
+            outputs = self.run(self.features)
+        if keep:
+            self.outputs = outputs
+        return tuple(output.detach() for output in outputs)
+
+    def backward(self, weights: Sequence[Tensor], gradients: Outputs) -> tuple[Tensor | None, ...]:
+        """The gradients of the weights; what was kept for them is freed."""
+        if self.outputs is None:
+            self.forward(keep=True)
+        outputs, self.outputs = self.outputs, None
+        assert outputs is not None
+        return torch.autograd.grad(outputs, weights, gradients, allow_unused=True)
+
+
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, jobs: list[_Job], cached: int, inside: Inside, *weights: Tensor) -> Outputs:
+        with inside(), _workers(len(jobs)) as workers:
+            keep = [number >= cached for number in range(len(jobs))]
+            outputs = list(workers.map(_Job.forward, jobs, keep))
+        ctx.jobs, ctx.inside, ctx.weights = jobs, inside, weights
+        ctx.rows = [len(of_job[0]) for of_job in outputs]
+        return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        by_job = list(zip(*(gradient.split(ctx.rows) for gradient in gradients), strict=True))
+        totals: list[Tensor | None] = [None] * len(ctx.weights)
+        waiting: deque[Future[tuple[Tensor | None, ...]]] = deque()
+
+        def take() -> None:
+            for place, found in enumerate(waiting.popleft().result()):
+                total = totals[place]
+                if total is None or found is None:
+                    totals[place] = found if total is None else total
+                else:
+                    totals[place] = total + found if found.is_sparse else total.add_(found)
+
+        # From the last on: those that kept their activations come first and make room for the others.
+        with ctx.inside(), _workers(len(ctx.jobs)) as workers:
+            for job, of_job in zip(reversed(ctx.jobs), reversed(by_job), strict=True):
+                waiting.append(workers.submit(job.backward, ctx.weights, of_job))
+                if len(waiting) > torch.get_num_threads():
+                    take()
+            while waiting:
+                take()
+        dense = [total.to_dense() if total is not None and total.is_sparse else total for total in totals]
+        return None, None, None, *dense
+
+
+@contextlib.contextmanager
+def _inside(encoder: SentenceTransformer, inside: Inside) -> Iterator[None]:
+    """Also, the gradient of an embedding holds the rows that were looked up, not the whole vocabulary each time."""
+    embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding) and not module.sparse]
+    for module in embeddings:
+        module.sparse = True
+    try:
+        with inside():
+            yield
+    finally:
+        for module in embeddings:
+            module.sparse = False
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, or as there are jobs; they share its threads."""
+    workers = min(torch.get_num_threads(), jobs)
+    share = torch.get_num_threads() // workers
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        yield pool
