@@ -23,6 +23,7 @@ from torch import Tensor
 
 from codiemb.config import ROLES
 from codiemb.encoder.model import max_length
+from codiemb.encoder.threads import at_once
 from codiemb.encoder.tokens import micro_batch_tokens, shape
 from codiemb.errors import ConfigError
 
@@ -46,7 +47,7 @@ class Memory:
     """What the activations of a step may take.
 
     Attributes:
-        activations: bytes, one micro-batch that runs again left out.
+        activations: bytes, the micro-batches that run at once left out.
         footprint: bytes of a micro-batch.
         micro_batch_tokens: tokens of a micro-batch, padding included; more than its default would not be faster.
     """
@@ -87,10 +88,10 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
     now = memory_held(encoder.device)
     held = now + (3 * sum(trained) + max(trained)) / shards
     limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
-    left = limit - held
-    while tokens > length and _peak(footprint, tokens, length) > left:
+    left, running = limit - held, _RUNNING * at_once(encoder)
+    while tokens > length and running * _one(footprint, tokens, length) > left:
         tokens //= 2
-    needed = held + _peak(footprint, tokens, length)
+    needed = held + running * _one(footprint, tokens, length)
     if needed > limit:
         raise ConfigError(
             "train.memory_budget",
@@ -99,7 +100,7 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
             fix="raise it or lower model.max_length",
         )
     kept = _KEPT_ON_GPU if encoder.device.type == "cuda" else _KEPT
-    return Memory((left - _peak(footprint, tokens, length)) / kept, footprint, tokens)
+    return Memory((left - running * _one(footprint, tokens, length)) / kept, footprint, tokens)
 
 
 def measure(encoder: SentenceTransformer, length: int, bf16: bool) -> Footprint:
@@ -124,27 +125,24 @@ def memory_held(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that `auto` takes of what is free: four fifths of a GPU, a fifth of a machine shared by its processes.
-
-    On processors activations that are kept save a twelfth of the time, for several times the memory.
-    """
+    """Bytes that `auto` takes of what is free: four fifths of a GPU, two of a machine, shared by its processes."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return 0.8 * (torch.cuda.mem_get_info(device)[0] + cached)
     return (
-        0.2 * min(psutil.virtual_memory().available, _container_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        0.4 * min(psutil.virtual_memory().available, _container_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     )
 
 
-def _peak(footprint: Footprint, tokens: int, length: int) -> float:
-    """Of one micro-batch that runs forward and backward."""
-    return _RUNNING * footprint.of(max(1, tokens // length), length)
+def _one(footprint: Footprint, tokens: int, length: int) -> float:
+    """Bytes of a micro-batch."""
+    return footprint.of(max(1, tokens // length), length)
 
 
 # Bytes a process holds for one that autograd keeps: gradients of activations, what is made on the way, and what the
 # allocator loses between blocks of other sizes. Measured with glibc, over steps of MiniLM; on GPUs not measured.
-_RUNNING = 3.0  # of the micro-batch that runs
-_KEPT, _KEPT_ON_GPU = 1.8, 1.1  # of those that wait for the backward pass
+_RUNNING = 1.8  # of a micro-batch that runs
+_KEPT, _KEPT_ON_GPU = 1.15, 1.1  # of those that wait for the backward pass
 
 
 def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:

@@ -57,12 +57,17 @@ def pays(encoder: SentenceTransformer, micro_batches: Sequence[Any]) -> bool:
     random numbers but those that a job has a seed for."""
     return (
         len(micro_batches) > 1
-        and encoder.device.type == "cpu"
-        and torch.get_num_threads() > 1
-        and getattr(getattr(encoder[0], "config", None), "_attn_implementation", None) == cpu.ATTENTION
+        and at_once(encoder) > 1
         and not getattr(encoder[0].model, "is_gradient_checkpointing", False)
         and not any(type(module) is nn.Dropout and module.p for module in encoder.modules())
     )
+
+
+def at_once(encoder: SentenceTransformer) -> int:
+    """How many micro-batches of this encoder may run at once."""
+    config = getattr(encoder[0], "config", None)
+    ours = encoder.device.type == "cpu" and getattr(config, "_attn_implementation", None) == cpu.ATTENTION
+    return torch.get_num_threads() if ours else 1
 
 
 @dataclass
