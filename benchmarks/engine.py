@@ -53,7 +53,7 @@ class Setting:
     dropout: str = "codiemb"
     length: int = 256
     mixed: bool = False
-    multiple: int = 8
+    multiple: int = 1
     texts: int = 16
     micro_batch: int = 2048
     memory: str = "kept"

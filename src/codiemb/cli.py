@@ -114,17 +114,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def fuse(arguments: argparse.Namespace) -> None:
-    from codiemb.encoder.location import locate
+    from codiemb.encoder.location import folder_of
 
-    checkpoints = [Path(locate(checkpoint)) for checkpoint in arguments.checkpoints]
-    base, out = Path(locate(arguments.base)), Path(arguments.out)
+    checkpoints = [folder_of(checkpoint) for checkpoint in arguments.checkpoints]
+    base, out = folder_of(arguments.base), Path(arguments.out)
     if arguments.inspect:
         from codiemb.fusion.inspect import inspect
 
         print(inspect(checkpoints, base, out))
         return
     names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run", "force")
-    settings = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    given = {name: getattr(arguments, name) for name in names}
+    settings = {name: value for name, value in given.items() if value is not None and value is not False}
     settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
     if arguments.suite or arguments.search or arguments.pareto:
         _search(arguments, checkpoints, base, out, settings)

@@ -232,6 +232,32 @@ class Evaluation(Section):
     every_steps: Positive | None = None
 
 
+Mergekit = Literal["slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"]
+Method = Literal["delta", "uniform", "weighted"] | Mergekit
+Granularity = Literal["model", "tensor", "row", "element"]
+Norm = Literal["l1", "l2", "mean_square"]
+Weighting = Literal["proportional", "inverse", "softmax"]
+
+
+class Fusion(Section):
+    """What the checkpoints of the run are merged into when it ends; the names are those of `codiemb.fuse`."""
+
+    checkpoints: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
+    method: Method = "delta"
+    granularity: Granularity = "tensor"
+    norm: Norm = "l2"
+    weighting: Weighting = "proportional"
+    temperature: Temperature = 1.0
+    scale: Weight = 1.0
+
+    @field_validator("method")
+    @classmethod
+    def _without_weights(cls, value: str) -> str:
+        if value == "weighted":
+            raise ValueError("expected another method, because a run has no weights to give: use codiemb fuse")
+        return value
+
+
 class Config(Section):
     data_root: str | None = None
     output_dir: str
@@ -242,6 +268,7 @@ class Config(Section):
     losses: Losses = Losses()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
+    fusion: Fusion | None = None
 
     @field_validator("data")
     @classmethod

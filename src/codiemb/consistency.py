@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 def faults_across(config: Config) -> list[str]:
     """Each fault as "key: got ..., expected ..."; empty if the sections agree."""
-    return [*_schedule(config), *_emphasis(config), *_frozen(config), *_dimensions(config), *_sharded(config)]
+    return [
+        *_schedule(config),
+        *_emphasis(config),
+        *_frozen(config),
+        *_dimensions(config),
+        *_sharded(config),
+        *_fusion(config),
+    ]
 
 
 def _schedule(config: Config) -> list[str]:
@@ -90,4 +97,10 @@ def _sharded(config: Config) -> list[str]:
             f"evaluation.every_steps: got {config.evaluation.every_steps} with a sharded model, expected null, because "
             "no rank holds a whole encoder while it is trained; checkpoints can be evaluated afterwards"
         ]
+    return []
+
+
+def _fusion(config: Config) -> list[str]:
+    if config.fusion and (config.train.save_strategy == "no" or config.train.save_total_limit == 1):
+        return ["fusion: got a run that keeps no two checkpoints, expected train.save_total_limit of 2 or more"]
     return []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from codiemb import fuse
+from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.fusion import merge
-from codiemb.fusion.weights import GRANULARITIES, NORMS, WEIGHTINGS
 from tests.conftest import needs_peft
 
+GRANULARITIES, NORMS, WEIGHTINGS = (get_args(kind) for kind in (Granularity, Norm, Weighting))
 FILE = "model.safetensors"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,3 +227,22 @@ def test_parts_of_one_name_in_a_paired_step_are_all_logged(config_file, tmp_path
         weights = (2, 5, 0.5, 1, 1)
         expected = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path):
+    result = train(load_config(config_file, ["fusion={checkpoints: 3, method: uniform}"]))
+    run = tmp_path / "run"
+    facts = json.loads((run / "fused" / "uniform" / "fusion.json").read_text())
+    assert {Path(parent["path"]).name for parent in facts["parents"]} == {
+        "checkpoint-9",
+        "checkpoint-12",
+        "checkpoint-14",
+    }
+    assert result.fused is not None
+    assert json.loads((run / "eval" / "uniform" / "pairs.json").read_text())["metrics"] == result.fused["pairs"]
+    mean = (
+        sum(weights(run / f"checkpoint-{step}")["0.model.embeddings.word_embeddings.weight"] for step in (9, 12, 14))
+        / 3
+    )
+    fused = weights(run / "fused" / "uniform")["0.model.embeddings.word_embeddings.weight"]
+    torch.testing.assert_close(fused, mean)

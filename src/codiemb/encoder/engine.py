@@ -1,6 +1,7 @@
 """Many texts through the encoder: micro-batches in, embeddings in the order asked for out.
 
-`codiemb.encoder.tokens` makes the micro-batches, `embed` runs them. Both training and evaluation go this way.
+`codiemb.encoder.tokens` makes the micro-batches, `embed` runs them, on a processor side by side
+(`codiemb.encoder.threads`). Both training and evaluation go this way.
 
 Cached gradients (GradCache, Gao et al., 2021): a loss needs all embeddings of a step at once, but the activations of a
 micro-batch only while the gradient passes through it. So `embed` can run micro-batches that keep nothing but their

@@ -123,8 +123,10 @@ class _SideBySide(torch.autograd.Function):
         def take() -> None:
             for place, found in enumerate(waiting.popleft().result()):
                 total = totals[place]
-                if total is None or found is None:
-                    totals[place] = found if total is None else total
+                if found is None:
+                    continue
+                if total is None:
+                    totals[place] = found.clone()  # two weights may have been given one tensor
                 else:
                     totals[place] = total + found if found.is_sparse else total.add_(found)
 

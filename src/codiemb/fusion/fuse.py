@@ -15,20 +15,22 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from codiemb.config import Granularity, Method, Norm, Weighting
+from codiemb.config import Mergekit as MergekitMethod
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.files import publish, require_folder, sha256, told_of_full_disk
 from codiemb.fusion.folder import ADAPTERS, Weights
 from codiemb.fusion.merge import Linear, Rule, Tiles, merge
-from codiemb.fusion.weights import GRANULARITIES, NORMS, WEIGHTINGS, Granularity, Norm, Weighting
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
 
+METHODS = ("delta", "uniform", "weighted", *get_args(MergekitMethod))
 MERGEKIT = {  # its name there, and settings where it has no default of its own
     "slerp": ("slerp", {"t": 0.5}),
     "task_arithmetic": ("task_arithmetic", {"weight": 1.0}),
@@ -38,7 +40,6 @@ MERGEKIT = {  # its name there, and settings where it has no default of its own
     "sce": ("sce", {"select_topk": 0.1}),
     "model_stock": ("model_stock", {}),
 }
-METHODS = ("delta", "uniform", "weighted", *MERGEKIT)
 # Of a checkpoint, not of a model.
 _LEFT_OUT = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "adapter_config.json", "README.md"),
@@ -66,7 +67,7 @@ def fuse(
     base: str | Path,
     out: str | Path,
     *,
-    method: str = "delta",
+    method: Method = "delta",
     granularity: Granularity = "tensor",
     norm: Norm = "l2",
     weighting: Weighting = "proportional",
@@ -213,9 +214,9 @@ def _require_settings(
 ) -> None:
     for name, value, known in (
         ("method", method, METHODS),
-        ("granularity", granularity, GRANULARITIES),
-        ("norm", norm, NORMS),
-        ("weighting", weighting, WEIGHTINGS),
+        ("granularity", granularity, get_args(Granularity)),
+        ("norm", norm, get_args(Norm)),
+        ("weighting", weighting, get_args(Weighting)),
     ):
         if value not in known:
             raise ConfigError(name, got=repr(value), expected=f"one of {', '.join(known)}")

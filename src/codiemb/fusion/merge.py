@@ -21,17 +21,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError
 from codiemb.fusion.folder import NAMES, Stored, Weights
-from codiemb.fusion.weights import (
-    Granularity,
-    Norm,
-    Weighting,
-    finished,
-    norm_of_parts,
-    of_elements,
-    weights_of,
-)
+from codiemb.fusion.weights import finished, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 18  # elements worked on at once
 THREADS = os.cpu_count() or 1

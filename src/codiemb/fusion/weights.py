@@ -11,18 +11,11 @@ of it (one output of a linear layer, one token of an embedding) or a single elem
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Granularity = Literal["model", "tensor", "row", "element"]
-Norm = Literal["l1", "l2", "mean_square"]
-Weighting = Literal["proportional", "inverse", "softmax"]
-GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
-NORMS: tuple[Norm, ...] = get_args(Norm)
-WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+from codiemb.config import Norm, Weighting
 
 
 def weights_of(

@@ -27,6 +27,7 @@ _PLACES = ("data_root", "output_dir", "model.base", "evaluation.suite")
 # What a run may change when it goes on, because the trained weights do not depend on it.
 _FREE = (
     "evaluation.",
+    "fusion.",
     *(
         f"train.{name}"
         for name in (

@@ -28,10 +28,12 @@ from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
 from codiemb.encoder.adapters import merge_adapters, without_head
 from codiemb.encoder.allocator import keep_memory
+from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
+from codiemb.fusion.fuse import fuse
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
@@ -70,12 +72,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where the model is, and metrics by data set before and after (empty without a suite)."""
+    """Where the model is, and metrics by data set before and after (empty without a suite).
+
+    `fused` holds the metrics of the model that the run's checkpoints were merged into, None without one.
+    """
 
     model: Path
     base: Results
     trained: Results
     suite: list[Source]
+    fused: Results | None = None
 
 
 def prepare(config: Config, device: str | None = None) -> Prepared:
@@ -168,7 +174,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             write_card(run / WRITING, prepared.config, prepared.report, base, trained, suite)
             publish(run / WRITING, run / "model")
         barrier()
-    return TrainResult(run / "model", base, trained, suite)
+        fused = _fuse(config, suite) if config.fusion else None
+    return TrainResult(run / "model", base, trained, suite, fused)
+
+
+def _fuse(config: Config, suite: list[Source]) -> Results | None:
+    """Merges the checkpoints of the run into fused/<method> and scores that."""
+    assert config.fusion is not None
+    settings, run = config.fusion.model_dump(exclude={"checkpoints"}), Path(config.output_dir)
+    newest_first = checkpoints(run)
+    chosen = newest_first if config.fusion.checkpoints == "all" else newest_first[: config.fusion.checkpoints]
+    if len(chosen) < 2:
+        logger.info(f"nothing to fuse: {run} has {len(chosen)} checkpoint(s)")
+        return None
+    out = run / "fused" / config.fusion.method
+    on_first(lambda: fuse(chosen, folder_of(config.model.base), out, **settings) and None)
+    barrier()
+    logger.info(f"fused {len(chosen)} checkpoints into {out}")
+    encoder = open_model(str(out), dtype=torch.float32)
+    return _evaluate(encoder, suite, run / "eval" / config.fusion.method, "of the fused model")
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
@@ -206,16 +230,21 @@ def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
 
 def results_table(result: TrainResult) -> str:
     """Before and after by data set, in points of 0 to 100, as Markdown."""
-    lines = ["| data set | metric | before | after | difference |", "|---|---|---:|---:|---:|"]
+    fused = result.fused or {}
+    lines = [f"| data set | metric | before | after | difference |{' fused |' if fused else ''}"]
+    lines.append(f"|---|---|---:|---:|---:|{'---:|' if fused else ''}")
 
-    def line(name: str, metric: str, before: float, after: float) -> str:
-        return f"| {name} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |"
+    def line(name: str, metric: str, before: float, after: float, merged: float | None) -> str:
+        end = "" if merged is None else f" {100 * merged:.2f} |"
+        return f"| {name} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |{end}"
 
     for source in result.suite:
         metric = HEADLINE[source.task]
-        lines.append(line(source.name, metric, result.base[source.name][metric], result.trained[source.name][metric]))
+        base, trained = result.base[source.name][metric], result.trained[source.name][metric]
+        lines.append(line(source.name, metric, base, trained, fused[source.name][metric] if fused else None))
     before, after = average(result.base, result.suite), average(result.trained, result.suite)
-    lines += [line(f"**mean {task}**", HEADLINE[task], before[task], after[task]) for task in before]
+    merged = average(fused, result.suite) if fused else {}
+    lines += [line(f"**mean {task}**", HEADLINE[task], before[task], after[task], merged.get(task)) for task in before]
     return "\n".join(lines)
 
 

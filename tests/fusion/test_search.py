@@ -1,0 +1,105 @@
+"""Choosing among fusions: with scores that are made up, so that the right choice is known."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from codiemb.errors import ConfigError
+from codiemb.fusion.search import Search, best, front, knee, pareto
+
+NAME = "encoder.layer.0.output.dense.bias"
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def checkpoints(tiny_model_folder, tmp_path):
+    """Three, whose bias is 0, 1 and 5 everywhere."""
+    folders = []
+    for number, value in enumerate((0.0, 1.0, 5.0)):
+        folder = shutil.copytree(tiny_model_folder, tmp_path / f"checkpoint-{number}")
+        weights = load_file(folder / FILE)
+        save_file(weights | {NAME: weights[NAME] * 0 + value}, folder / FILE, {"format": "pt"})
+        folders.append(folder)
+    return folders
+
+
+def bias(folder):
+    return load_file(folder / FILE)[NAME].mean().item()
+
+
+def near(target):
+    """One task: the nearer the bias to a number, the better."""
+    return lambda folder: {"retrieval": 1 - abs(bias(folder) - target) / 10}
+
+
+def trials(out):
+    return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()]
+
+
+def test_greedy_soup_keeps_what_raises_the_score(checkpoints, tiny_model_folder, tmp_path):
+    """For 0.4: best alone 0, with 1 it is 0.5 (better), with 5 it would be 2 (worse)."""
+    search = Search(checkpoints, tiny_model_folder, tmp_path / "out", near(0.4))
+    told = best(search, "greedy", {})
+    assert bias(tmp_path / "out" / "best") == pytest.approx(0.5)
+    assert [len(trial["checkpoints"]) for trial in trials(tmp_path / "out")] == [1, 1, 1, 2, 3]
+    facts = json.loads((tmp_path / "out" / "best" / "fusion.json").read_text())
+    assert len(facts["trials"]) == 5
+    assert facts["scores"] == {"retrieval": pytest.approx(0.99)}
+    assert "(chosen)" in told
+    assert not (tmp_path / "out" / "trial").exists()
+
+
+def test_one_checkpoint_may_be_best(checkpoints, tiny_model_folder, tmp_path):
+    best(Search(checkpoints, tiny_model_folder, tmp_path / "out", near(5)), None, {"method": "uniform"})
+    assert bias(tmp_path / "out" / "best") == 5
+    assert len(trials(tmp_path / "out")) == 4
+
+
+def test_grid_takes_the_best_of_its_trials(checkpoints, tiny_model_folder, tmp_path):
+    search = Search(checkpoints, tiny_model_folder, tmp_path / "out", near(2.9))
+    best(search, "grid", {})
+    highest = max(trials(tmp_path / "out"), key=lambda trial: trial["score"])
+    assert bias(tmp_path / "out" / "best") == pytest.approx(2.9 - 10 * (1 - highest["score"]), abs=1e-4) or bias(
+        tmp_path / "out" / "best"
+    ) == pytest.approx(2.9 + 10 * (1 - highest["score"]), abs=1e-4)
+    assert len(trials(tmp_path / "out")) == 12
+
+
+def test_front_and_knee_worked_out_by_hand():
+    """(2, 2) is beaten by (3, 3); of the rest (3, 3) stands farthest above the line from (0, 4) to (4, 0)."""
+    points = [(4, 0), (2, 2), (0, 4), (3, 3), (0, 3)]
+    assert front(points) == [2, 3, 0]
+    assert knee([points[place] for place in front(points)]) == 1
+    assert front([(1, 1), (1, 1)]) == [0, 1]
+    assert knee([(1, 1)]) == 0
+
+
+def test_pareto_walks_between_two_experts(checkpoints, tiny_model_folder, tmp_path):
+    """One task wants 0, the other 5; both lose little at first, so the middle stands out."""
+
+    def score(folder):
+        value = bias(folder)
+        return {"retrieval": 1 - (value / 5) ** 3, "similarity": 1 - (1 - value / 5) ** 3}
+
+    out = tmp_path / "out"
+    told = pareto(Search([checkpoints[0], checkpoints[2], checkpoints[1]], tiny_model_folder, out, score))
+    content = json.loads((out / "pareto.json").read_text())
+    assert len(content["points"]) == 12
+    assert content["points"][content["knee"]]["settings"]["weights"] == pytest.approx([0.5, 0.5])
+    assert bias(out / "best") == pytest.approx(2.5)
+    assert "<svg" in (out / "pareto.svg").read_text()
+    assert "knee" in told
+
+
+def test_pareto_needs_two_tasks(checkpoints, tiny_model_folder, tmp_path):
+    with pytest.raises(ConfigError, match="--suite: got data sets of retrieval alone"):
+        pareto(Search(checkpoints[:2], tiny_model_folder, tmp_path / "out", near(1)), steps=2)
+
+
+def test_what_holds_files_is_refused(checkpoints, tiny_model_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(ConfigError, match="a folder with files"):
+        Search(checkpoints, tiny_model_folder, tmp_path / "out", near(1))
