@@ -123,7 +123,7 @@ def fuse(arguments: argparse.Namespace) -> None:
 
         print(inspect(checkpoints, base, out))
         return
-    names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run", "force")
+    names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run")
     given = {name: getattr(arguments, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None and value is not False}
     settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
@@ -132,7 +132,7 @@ def fuse(arguments: argparse.Namespace) -> None:
         return
     from codiemb.fusion.fuse import fuse
 
-    result = fuse(checkpoints, base, out, **settings)
+    result = fuse(checkpoints, base, out, **settings, force=arguments.force)
     print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
 
 
@@ -150,7 +150,7 @@ def _search(
     from codiemb.fusion import search
 
     require_readable(suite)
-    trials = search.Search(checkpoints, base, out, lambda folder: scores_of(folder, suite))
+    trials = search.Search(checkpoints, base, out, lambda folder: scores_of(folder, suite), arguments.force)
     if arguments.pareto:
         print(search.pareto(trials))
     else:

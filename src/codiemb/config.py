@@ -232,8 +232,9 @@ class Evaluation(Section):
     every_steps: Positive | None = None
 
 
-Mergekit = Literal["slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"]
-Method = Literal["delta", "uniform", "weighted"] | Mergekit
+Method = Literal[
+    "delta", "uniform", "weighted", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"
+]
 Granularity = Literal["model", "tensor", "row", "element"]
 Norm = Literal["l1", "l2", "mean_square"]
 Weighting = Literal["proportional", "inverse", "softmax"]

@@ -85,7 +85,7 @@ def held(folder: Path, unfinished: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_of_full_disk(folder: Path) -> Iterator[None]:
+def told_of_full_disk(folder: Path, fix: str = "free some disk, then go on with --resume") -> Iterator[None]:
     """Ends with one line when there is no room left to write into `folder`.
 
     Raises:
@@ -100,7 +100,7 @@ def told_of_full_disk(folder: Path) -> Iterator[None]:
             f"writing {getattr(error, 'filename', None) or folder}",
             got=str(error).splitlines()[0],
             expected="room to write",
-            fix="free some disk, then go on with --resume",
+            fix=fix,
         ) from error
 
 

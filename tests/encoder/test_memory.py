@@ -81,7 +81,7 @@ def test_a_budget_is_what_the_process_may_hold(tiny_encoder, monkeypatch, room, 
     monkeypatch.setattr(memory, "at_once", lambda encoder: at_once)
     room *= at_once
     trained = [parameter.numel() * 4 for parameter in tiny_encoder.parameters()]
-    held = 1e9 + 3 * sum(trained) + max(trained)
+    held = 1e9 + 3 * sum(trained) + (max(trained) if at_once == 1 else at_once * sum(trained))
     planned = plan_memory(tiny_encoder, (held + room) / 1e9, bf16=False)
     one = planned.footprint.of(tokens // 64, 64)
     assert planned.micro_batch_tokens == tokens

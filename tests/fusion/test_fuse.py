@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 
 from codiemb import fuse
 from codiemb.config import Granularity, Norm, Weighting
@@ -217,6 +218,49 @@ def test_shards_come_out_as_shards(base, three, tmp_path):
 
 
 @needs_peft
+def test_a_new_head_beside_adapters_is_averaged(base, tmp_path):
+    """The base has no head; the files of the result are the base's and the head's."""
+    from peft import LoraConfig
+
+    folders = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        encoder = SentenceTransformer(str(base), device="cpu")
+        encoder.add_adapter(LoraConfig(r=2, lora_alpha=4, init_lora_weights=False))
+        encoder.append(Dense(16, 8, activation_function=None))
+        folders.append(tmp_path / f"checkpoint-{seed}")
+        encoder.save(str(folders[-1]), create_model_card=False)
+    out = fuse(folders, base, tmp_path / "out").path
+    assert SentenceTransformer(str(out), device="cpu").encode(["a"]).shape == (1, 8)
+    heads = [load_file(folder / "2_Dense" / FILE)["linear.weight"] for folder in (*folders, out)]
+    torch.testing.assert_close(heads[2], (heads[0] + heads[1]) / 2)
+
+
+def test_a_base_whose_names_have_a_prefix(base, three, tmp_path):
+    """As on the hub, saved from a model with a head."""
+    prefixed = shutil.copytree(base, tmp_path / "prefixed")
+    weights = {f"bert.{name}": weight for name, weight in load_file(base / FILE).items()}
+    save_file(weights | {"cls.bias": torch.zeros(3)}, prefixed / FILE, {"format": "pt"})
+    one, other = (arrays(fuse(three, start, tmp_path / start.name / "out").path) for start in (base, prefixed))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"])
+def test_methods_of_mergekit_are_those_of_mergekit(base, three, tmp_path, method):
+    """Between the base and beyond the checkpoints, another model than the average, and the same twice."""
+    pytest.importorskip("mergekit")
+    checkpoints = three[:2] if method == "slerp" else three
+    found = [load_file(fuse(checkpoints, base, tmp_path / str(n), method=method).path / FILE) for n in range(2)]
+    average = load_file(fuse(checkpoints, base, tmp_path / "average", method="uniform").path / FILE)
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    name = "encoder.layer.1.output.dense.weight"
+    assert not torch.equal(found[0][name], average[name])
+    if method == "task_arithmetic":  # theta_0 + sum_k delta_k
+        start, thetas = load_file(base / FILE)[name], [load_file(folder / FILE)[name] for folder in checkpoints]
+        torch.testing.assert_close(found[0][name], start + sum(theta - start for theta in thetas))
+
+
+@needs_peft
 def test_lora_adapters_are_added_to_the_base_on_the_way(base, tmp_path):
     from peft import LoraConfig
 
@@ -329,7 +373,7 @@ def test_an_output_folder_with_files(base, three, tmp_path):
     [
         ("1_Pooling/config.json", "pooling_mode", "cls"),
         ("config_sentence_transformers.json", "prompts", {"query": "q: "}),
-        ("tokenizer.json", "truncation", {"max_length": 3}),
+        ("tokenizer.json", "normalizer", None),
     ],
 )
 def test_folders_that_read_texts_otherwise(base, three, tmp_path, file, key, value):

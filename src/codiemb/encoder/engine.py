@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
+from codiemb.encoder.cpu import drawn_from
 from codiemb.encoder.gpu import packs
 from codiemb.encoder.model import hidden_states
 from codiemb.encoder.threads import pays, side_by_side
@@ -60,25 +61,28 @@ def embed(
             gradients are the same to the last bit.
     """
 
-    def run(features: Features) -> tuple[Tensor, ...]:
-        output = encoder(dict(features))
+    def run(seed: int, features: Features) -> tuple[Tensor, ...]:
+        with drawn_from(seed):
+            output = encoder(dict(features))
         final = output["sentence_embedding"].float()
         return (final, pool_middle(encoder, output).float()) if middle else (final,)
 
+    # Dropout of a micro-batch does not depend on what runs beside it. Evaluation draws nothing.
+    seeds = torch.randint(2**62, (len(micro_batches),)).tolist() if encoder.training else [0] * len(micro_batches)
     inside = partial(hidden_states, encoder, middle)
     if pays(encoder, micro_batches):
-        columns = side_by_side(encoder, run, micro_batches, cached, inside)
+        columns = side_by_side(encoder, [partial(run, seed) for seed in seeds], micro_batches, cached, inside)
     else:
 
-        def alone(features: Features) -> tuple[Tensor, ...]:
+        def alone(seed: int, features: Features) -> tuple[Tensor, ...]:
             with inside():
-                return run(features)
+                return run(seed, features)
 
         rows = []
         # Without early stop: no exception passes through the model's hooks, and after pooling nothing is to be saved.
         with set_checkpoint_early_stop(False):
-            for number, features in enumerate(micro_batches):
-                rows.append(checkpoint(alone, features, use_reentrant=False) if number < cached else alone(features))
+            for number, one in enumerate(zip(seeds, micro_batches, strict=True)):
+                rows.append(checkpoint(alone, *one, use_reentrant=False) if number < cached else alone(*one))
         columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
     final, *others = (column[place] for column in columns)
     return Embeddings(final, others[0] if middle else None)

@@ -6,13 +6,13 @@ mode while every tensor saved for the backward pass is counted. Of [rows, length
     bytes = fixed + rows * (linear * length + square * length^2)
 
 with `square` above 0 where attention keeps its scores. `fixed` (weights cast to bf16) is kept once whatever the number
-of micro-batches, and so left out.
+of micro-batches, and so left out; but side by side on a processor each micro-batch casts its own.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,9 +37,10 @@ class Footprint:
 
     linear: float
     square: float
+    fixed: float = 0.0
 
     def of(self, rows: int, length: float) -> float:
-        return rows * (self.linear * length + self.square * length**2)
+        return self.fixed + rows * (self.linear * length + self.square * length**2)
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,16 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
     length = max(max_length(encoder, role) or _LONGEST_MEASURED for role in ROLES)
     footprint = measure(encoder, length, bf16)
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
-    # Gradients, two moments of the optimizer, and the gradient of the largest weight before it is added.
+    side_by_side = at_once(encoder)
+    if bf16 and side_by_side > 1:
+        footprint = replace(footprint, fixed=sum(trained) / 2)
+    # Gradients, two moments of the optimizer, and gradients before they are added: of the largest weight, or of all in
+    # each thread.
+    unadded = side_by_side * sum(trained) if side_by_side > 1 else max(trained)
     now = memory_held(encoder.device)
-    held = now + (3 * sum(trained) + max(trained)) / shards
+    held = now + (3 * sum(trained) + unadded) / shards
     limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
-    left, running = limit - held, _RUNNING * at_once(encoder)
+    left, running = limit - held, _RUNNING * side_by_side
     while tokens > length and running * _one(footprint, tokens, length) > left:
         tokens //= 2
     needed = held + running * _one(footprint, tokens, length)

@@ -30,19 +30,18 @@ Inside = Callable[[], AbstractContextManager[None]]
 
 
 def side_by_side(
-    encoder: SentenceTransformer, run: Run, micro_batches: list[dict[str, Any]], cached: int, inside: Inside
+    encoder: SentenceTransformer, runs: Sequence[Run], micro_batches: list[dict[str, Any]], cached: int, inside: Inside
 ) -> Outputs:
-    """What `run` gives for all micro-batches, each output as one tensor; with gradient where it is enabled.
+    """The outputs of all micro-batches, each as one tensor; with gradient where it is enabled.
 
     Args:
-        encoder: the model that `run` runs.
-        run: a micro-batch -> its outputs, [text, ...] each.
+        encoder: the model that is run.
+        runs: for each micro-batch what makes its outputs, [text, ...] each, and makes them again the same.
         micro_batches: at least one.
         cached: so many, from the first, keep no activations.
-        inside: a context of the whole process, in which `run` runs whenever it does.
+        inside: a context of the whole process, in which they are made.
     """
-    seeds = torch.randint(2**62, (len(micro_batches),)).tolist()
-    jobs = [_Job(run, features, seed) for features, seed in zip(micro_batches, seeds, strict=True)]
+    jobs = [_Job(run, features) for run, features in zip(runs, micro_batches, strict=True)]
     weights = [weight for weight in encoder.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and weights:
         return _SideBySide.apply(jobs, cached, partial(_inside, encoder, inside), *weights)
@@ -76,7 +75,6 @@ class _Job:
 
     run: Run
     features: dict[str, Any]
-    seed: int
     outputs: Outputs | None = None
 
     def __post_init__(self) -> None:
@@ -84,10 +82,10 @@ class _Job:
 
     def forward(self, keep: bool, inference: bool = False) -> Outputs:
         with (
-            cpu.drawn_from(self.seed),
             torch.inference_mode(inference),
             torch.set_grad_enabled(keep),
-            torch.autocast("cpu", torch.bfloat16, enabled=self.bf16),
+            # Its cache is one for all threads, and goes when any of them leaves.
+            torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False),
         ):
             outputs = self.run(self.features)
         if keep:
@@ -122,30 +120,33 @@ class _SideBySide(torch.autograd.Function):
 
         def take() -> None:
             for place, found in enumerate(waiting.popleft().result()):
-                total = totals[place]
                 if found is None:
                     continue
-                if total is None:
-                    totals[place] = found.clone()  # two weights may have been given one tensor
+                if (total := totals[place]) is None:
+                    # A copy, because two weights may have been given one tensor.
+                    totals[place] = found.to_dense() if found.is_sparse else found.clone()
                 else:
-                    totals[place] = total + found if found.is_sparse else total.add_(found)
+                    total.add_(found)
 
         # From the last on: those that kept their activations come first and make room for the others.
         with ctx.inside(), _workers(len(ctx.jobs)) as workers:
             for job, of_job in zip(reversed(ctx.jobs), reversed(by_job), strict=True):
                 waiting.append(workers.submit(job.backward, ctx.weights, of_job))
-                if len(waiting) > torch.get_num_threads():
+                if len(waiting) == torch.get_num_threads():
                     take()
             while waiting:
                 take()
-        dense = [total.to_dense() if total is not None and total.is_sparse else total for total in totals]
-        return None, None, None, *dense
+        return None, None, None, *totals
 
 
 @contextlib.contextmanager
 def _inside(encoder: SentenceTransformer, inside: Inside) -> Iterator[None]:
     """Also, the gradient of an embedding holds the rows that were looked up, not the whole vocabulary each time."""
-    embeddings = [module for module in encoder.modules() if isinstance(module, nn.Embedding) and not module.sparse]
+    embeddings = [
+        module
+        for module in encoder.modules()
+        if isinstance(module, nn.Embedding) and not module.sparse and module.weight.requires_grad
+    ]
     for module in embeddings:
         module.sparse = True
     try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,21 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ADAPTERS = "adapter_model.safetensors"
 _OF_ADAPTERS = "base_model.model."
+_NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its bytes begin, and what they are."""
+    """A tensor in a file: where its bytes begin, and what they are.
+
+    Attributes:
+        place: the file, relative to its model folder.
+        key: the tensor's name in the file.
+    """
 
     file: Path
+    place: Path
+    key: str
     begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -56,7 +65,7 @@ class Stored:
 
 
 class Weights:
-    """The tensors of a model folder by name: the path of the module's folder and the name in its file.
+    """The tensors of a model folder by name: those of the first module by their own, others after the module's path.
 
     Raises:
         CheckpointError: no safetensors, a damaged file, pickled weights, or adapters that are not plain LoRA.
@@ -71,15 +80,17 @@ class Weights:
         self._lora: dict[str, tuple[Stored, Stored]] = {}
         self._scaling = 0.0
         self._base = base
-        for module in _modules(folder):
+        modules = _modules(folder)
+        for number, module in enumerate(modules):
             for file in _weight_files(folder, module):
                 self.files.append(file)
-                for name, stored in _header(file).items():
-                    self.stored[f"{module}/{name}" if module else name] = stored
-        if (folder / ADAPTERS).is_file():
-            self._read_adapters()
+                for stored in _header(file, folder):
+                    self.stored[f"{module}/{stored.key}" if number else stored.key] = stored
+        if (folder / modules[0] / ADAPTERS).is_file():
+            self._read_adapters(folder / modules[0], Path(modules[0]))
         if not self.stored:
             raise _no_weights(folder)
+        self._open = {file: os.open(file, os.O_RDONLY) for file in self.files}
 
     @property
     def has_adapters(self) -> bool:
@@ -96,16 +107,16 @@ class Weights:
         return rows + self._scaling * product
 
     def _read(self, stored: Stored, begin: int, end: int) -> Tensor:
+        if stored.file not in self._open:  # what an adapter stands beside
+            assert self._base is not None
+            return self._base._read(stored, begin, end)
         size = stored.dtype.itemsize
         wanted = (end - begin) * stored.width * size
         buffer = torch.empty(wanted, dtype=torch.uint8)
         view = buffer.numpy().data
-        descriptor = self._open.get(stored.file)
-        if descriptor is None:
-            descriptor = self._open[stored.file] = os.open(stored.file, os.O_RDONLY)
         done = 0
         while done < wanted:
-            got = os.preadv(descriptor, [view[done:]], stored.begin + begin * stored.width * size + done)
+            got = os.preadv(self._open[stored.file], [view[done:]], stored.begin + begin * stored.width * size + done)
             if got == 0:
                 raise _damaged(stored.file, "a file that became shorter while it was read")
             done += got
@@ -116,18 +127,23 @@ class Weights:
             os.close(descriptor)
         self._open.clear()
 
-    def _read_adapters(self) -> None:
+    def without_prefix(self, names: Iterable[str]) -> None:
+        """Takes the prefix of a model with a head (`bert.`) off all names, if those wanted are there with one."""
+        name = next((name for name in names if name not in self.stored), "")
+        found = next((known for known in self.stored if name and known.endswith(f".{name}")), None)
+        if found is not None:
+            prefix = found.removesuffix(name)
+            self.stored = {known.removeprefix(prefix): stored for known, stored in self.stored.items()}
+
+    def _read_adapters(self, module: Path, place: Path) -> None:
         """Replaces the names of LoRA's matrices by those of the weights they are added to."""
-        base, config = self._base, _json(self.folder / "adapter_config.json")
+        base, config = self._base, _json(module / "adapter_config.json")
         adapters = {
             name.removeprefix(_OF_ADAPTERS): self.stored.pop(name)
             for name in list(self.stored)
             if name.startswith(_OF_ADAPTERS)
         }
-        plain = config.get("peft_type") == "LORA" and not any(
-            config.get(setting)
-            for setting in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "fan_in_fan_out")
-        )
+        plain = config.get("peft_type") == "LORA" and not any(config.get(setting) for setting in _NOT_PLAIN)
         downs = {name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")}
         if not plain or base is None or len(adapters) != 2 * len(downs):
             raise CheckpointError(
@@ -137,7 +153,8 @@ class Weights:
                 fix="merge the adapters into their model first (docs/training.md, LoRA)",
             )
         self._scaling = config["lora_alpha"] / config["r"]
-        self.stored = base.stored | self.stored
+        of_base = {name: replace(stored, place=place / stored.place.name) for name, stored in base.stored.items()}
+        self.stored = of_base | self.stored
         for target in downs:
             name = f"{target}.weight"
             if name not in base.stored:
@@ -167,12 +184,16 @@ def _modules(folder: Path) -> list[str]:
 
 def _weight_files(folder: Path, module: str) -> list[Path]:
     place = folder / module
+    if files := [file for name in ("model.safetensors", ADAPTERS) if (file := place / name).is_file()]:
+        return files
     if (index := place / "model.safetensors.index.json").is_file():
-        return [place / name for name in sorted(set(_json(index)["weight_map"].values()))]
-    return [file for name in ("model.safetensors", ADAPTERS) if (file := place / name).is_file()]
+        return [place / name for name in sorted(set(_json(index, "weight_map").values()))]
+    if any(place.glob("*.bin")):
+        raise _no_weights(place)
+    return []
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path, folder: Path) -> list[Stored]:
     """The tensors of a safetensors file; that it is whole is checked by its own library."""
     try:
         with safe_open(file, framework="pt"):
@@ -180,22 +201,32 @@ def _header(file: Path) -> dict[str, Stored]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        return {
-            name: Stored(file, 8 + length + facts["data_offsets"][0], DTYPES[facts["dtype"]], tuple(facts["shape"]))
-            for name, facts in header.items()
-            if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        return [
+            Stored(
+                file,
+                file.relative_to(folder),
+                key,
+                8 + length + facts["data_offsets"][0],
+                DTYPES[facts["dtype"]],
+                tuple(facts["shape"]),
+            )
+            for key, facts in header.items()
+        ]
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
     except KeyError as error:
         raise _damaged(file, f"number type {error}") from None
 
 
-def _json(file: Path) -> Any:
+def _json(file: Path, key: str | None = None) -> Any:
+    """The content of a JSON file, or what stands under `key` in it."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"file {file}", got=error, expected="a readable JSON file", fix="copy it again") from None
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return content if key is None else content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        got = f"no {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"file {file}", got=got, expected="a readable JSON file", fix="copy it again") from None
 
 
 def _damaged(file: Path, got: str) -> CheckpointError:

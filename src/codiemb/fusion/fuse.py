@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,16 +22,14 @@ import torch
 from torch import Tensor
 
 from codiemb.config import Granularity, Method, Norm, Weighting
-from codiemb.config import Mergekit as MergekitMethod
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.files import publish, require_folder, sha256, told_of_full_disk
-from codiemb.fusion.folder import ADAPTERS, Weights
+from codiemb.files import publish, require_folder, sha256, told_of_full_disk, write_whole
+from codiemb.fusion.folder import Stored, Weights
 from codiemb.fusion.merge import Linear, Rule, Tiles, merge
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("delta", "uniform", "weighted", *get_args(MergekitMethod))
 MERGEKIT = {  # its name there, and settings where it has no default of its own
     "slerp": ("slerp", {"t": 0.5}),
     "task_arithmetic": ("task_arithmetic", {"weight": 1.0}),
@@ -40,13 +39,15 @@ MERGEKIT = {  # its name there, and settings where it has no default of its own
     "sce": ("sce", {"select_topk": 0.1}),
     "model_stock": ("model_stock", {}),
 }
+METHODS = ("delta", "uniform", "weighted", *MERGEKIT)
 # Of a checkpoint, not of a model.
 _LEFT_OUT = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "adapter_config.json", "README.md"),
-    *("manifest.json", "trainer_state.json", "balance.json", "fusion.json"),
+    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.distcp", "*.onnx", "*.h5", "*.msgpack"),
+    *("adapter_config.json", "README.md", "manifest.json", "trainer_state.json", "balance.json", "fusion.json"),
+    *("latest", "openvino_model.*", "*.partial"),
 )
-# What must be the same in all checkpoints; of JSON files these keys may differ.
-_MAY_DIFFER = {"__version__", "_name_or_path", "transformers_version", "torch_dtype", "dtype"}
+# Keys of JSON files that may differ: who wrote them, and what a tokenizer was last asked for.
+_MAY_DIFFER = {"__version__", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "truncation", "padding"}
 
 
 @dataclass(frozen=True)
@@ -100,31 +101,24 @@ def fuse(
         ConfigError: settings that do not go together.
         CheckpointError: folders that cannot be merged, or no room on the disk.
     """
-    folders, base, out = [Path(checkpoint) for checkpoint in checkpoints], Path(base), Path(out)
-    _require_settings(folders, method, granularity, norm, weighting, temperature, weights)
-    _require_empty(out)
-    order = sorted(range(len(folders)), key=lambda place: str(folders[place].resolve()))
-    linear = method not in MERGEKIT
-    folders = [folders[place] for place in order] if linear else folders
-    with contextlib.ExitStack() as stack, torch.inference_mode(), _one_thread():
-        of_base = Weights(base)
-        parents = [Weights(folder, of_base) for folder in folders]
-        for opened in (of_base, *parents):
-            stack.callback(opened.close)
-        require_alike(parents, of_base)
-        differences = [difference for folder in folders[1:] for difference in _differences(folders[0], folder)]
-        if differences and not force:
-            raise CheckpointError(
-                f"checkpoint {differences[0]}",
-                got=f"another value than in {folders[0]}",
-                expected="checkpoints that read texts alike",
-                fix="leave it out, or --force to keep what the first has",
-            )
+    folders, base, out = [Path(checkpoint) for checkpoint in checkpoints], Path(base), Path(out).resolve()
+    require_settings(folders, method, granularity, norm, weighting, temperature, weights)
+    require_empty(out)
+    first, linear = folders[0], method not in MERGEKIT
+    if linear:  # in an order of their own, so that the order they are named in does not matter
+        order = sorted(range(len(folders)), key=lambda place: str(folders[place].resolve()))
+        folders = [folders[place] for place in order]
+        weights = [weights[place] for place in order] if weights else None
+    with opened([first, *(folder for folder in folders if folder != first)], base, force) as (
+        models,
+        of_base,
+        differences,
+    ):
+        parents = [models[folder] for folder in folders]
         rule: Rule
         if linear:
-            given = _given(method, len(folders), [weights[place] for place in order] if weights else None)
             runs = _by_run(folders) if by_run else []
-            rule = Linear(granularity, norm, weighting, temperature, scale, given, runs)
+            rule = Linear(granularity, norm, weighting, temperature, scale, _given(method, len(folders), weights), runs)
             settings: dict[str, Any] = {"scale": scale}
             if method == "delta":
                 settings |= {"granularity": granularity, "norm": norm, "weighting": weighting, "by_run": by_run}
@@ -132,27 +126,30 @@ def fuse(
         else:
             settings = {**MERGEKIT[method][1], **(parameters or {})}
             rule = Mergekit(MERGEKIT[method][0], settings)
-        hashes = stack.enter_context(_hashes([base, *folders], [of_base, *parents]))
-        template = next((parent for parent in parents if not parent.has_adapters), of_base)
-        unfinished = out.with_name(f".writing-{out.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        with told_of_full_disk(out), _removed_unless_published(unfinished):
-            unfinished.mkdir(parents=True)
-            lengths = merge(parents, of_base, template, rule, unfinished)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            _hashes({base: of_base, **dict(zip(folders, parents, strict=True))}) as hashes,
+            _unfinished(out) as unfinished,
+            torch.inference_mode(),
+            _one_thread(),
+        ):
+            lengths = merge(parents, of_base, rule, unfinished)
             facts = {
                 "method": method,
                 **settings,
                 "base": {"path": str(base), "sha256": hashes(base)},
                 "parents": [{"path": str(folder), "sha256": hashes(folder)} for folder in folders],
-                "weights": rule.summary or f"one for each {granularity}",
+                "weights": rule.summary or (f"one for each {granularity}" if linear else "those of mergekit"),
                 **lengths,
                 **({"forced": differences} if differences else {}),
                 "versions": versions(),
             }
-            _copy_rest(folders[0], base, unfinished)
-            _write_indexes(template, unfinished)
-            (unfinished / "fusion.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            (unfinished / "README.md").write_text(_card(out, facts), "utf-8")
+            copy_rest(first, unfinished)
+            if parents[0].has_adapters and not (unfinished / "config.json").exists():
+                shutil.copy2(base / "config.json", unfinished)
+            _write_indexes(parents[0], unfinished)
+            write_whole(unfinished / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            write_whole(unfinished / "README.md", _card(out, facts))
             if out.exists():
                 out.rmdir()
             publish(unfinished, out)
@@ -167,17 +164,6 @@ class Mergekit:
     parameters: dict[str, Any]
     whole: bool = True
     summary: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        try:
-            import mergekit.merge_methods  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                f"method {self.method}",
-                got="no mergekit",
-                expected="the extra merge",
-                fix="pip install 'codiemb[merge]'",
-            ) from None
 
     def look(self, tensors: Sequence[Tiles]) -> None:
         pass
@@ -203,15 +189,21 @@ class Mergekit:
                 raise ConfigError(f"method {self.method}", got=str(error).splitlines()[0]) from None
 
 
-def _require_settings(
-    folders: list[Path],
-    method: str,
-    granularity: str,
-    norm: str,
-    weighting: str,
-    temperature: float,
-    weights: Sequence[float] | None,
+def require_settings(
+    checkpoints: Sequence[str | Path],
+    method: str = "delta",
+    granularity: str = "tensor",
+    norm: str = "l2",
+    weighting: str = "proportional",
+    temperature: float = 1.0,
+    weights: Sequence[float] | None = None,
+    **others: Any,
 ) -> None:
+    """Refuses settings of `fuse` that do not go together.
+
+    Raises:
+        ConfigError: with what was expected.
+    """
     for name, value, known in (
         ("method", method, METHODS),
         ("granularity", granularity, get_args(Granularity)),
@@ -220,8 +212,9 @@ def _require_settings(
     ):
         if value not in known:
             raise ConfigError(name, got=repr(value), expected=f"one of {', '.join(known)}")
-    if len(folders) < 2:
-        raise ConfigError("checkpoints", got=len(folders), expected="at least two")
+    if len(checkpoints) < 2:
+        raise ConfigError("checkpoints", got=len(checkpoints), expected="at least two")
+    folders = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ConfigError("checkpoints", got=f"{twice[0]} twice", expected="each once")
     if not temperature > 0:
@@ -234,9 +227,32 @@ def _require_settings(
         raise ConfigError(
             "weights", got=list(weights), expected=f"{len(folders)} numbers, one a checkpoint, sum above 0"
         )
+    if method in MERGEKIT:
+        require_mergekit()
 
 
-def _require_empty(out: Path) -> None:
+def require_base(base: Path, method: str) -> None:
+    """Refuses at once what a fusion at the end of a run would be refused for.
+
+    Raises:
+        CheckpointError: weights that cannot be read.
+        ConfigError: a method whose library is not installed.
+    """
+    Weights(base).close()
+    if method in MERGEKIT:
+        require_mergekit()
+
+
+def require_mergekit() -> None:
+    try:
+        import mergekit.merge_methods  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            "method", got="no mergekit", expected="the extra merge", fix="pip install 'codiemb[merge]'"
+        ) from None
+
+
+def require_empty(out: Path) -> None:
     require_folder("--out", out)
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
@@ -294,6 +310,34 @@ def _by_run(folders: list[Path]) -> list[list[int]]:
     return list(runs.values())
 
 
+@contextlib.contextmanager
+def opened(
+    folders: Sequence[Path], base: Path, force: bool = False
+) -> Iterator[tuple[dict[Path, Weights], Weights, list[str]]]:
+    """The weights of checkpoints and base, and in what the checkpoints' other files differ.
+
+    Raises:
+        CheckpointError: they cannot be merged; or, without `force`, they read texts in different ways.
+    """
+    with contextlib.ExitStack() as stack:
+        of_base = Weights(base)
+        stack.callback(of_base.close)
+        parents = {folder: Weights(folder, of_base) for folder in folders}
+        for parent in parents.values():
+            stack.callback(parent.close)
+        of_base.without_prefix(parents[folders[0]].stored)
+        require_alike(list(parents.values()), of_base)
+        differences = [difference for folder in folders[1:] for difference in _differences(folders[0], folder)]
+        if differences and not force:
+            raise CheckpointError(
+                f"checkpoint {differences[0]}",
+                got=f"another value than in {folders[0]}",
+                expected="checkpoints that read texts alike",
+                fix="leave it out, or --force to keep what the first has",
+            )
+        yield parents, of_base, differences
+
+
 def _differences(one: Path, other: Path) -> list[str]:
     """Settings of tokenizer, modules, pooling, prompts and lengths in which two folders differ."""
     files = {
@@ -304,73 +348,67 @@ def _differences(one: Path, other: Path) -> list[str]:
     }
     found = []
     for file in sorted(files):
-        contents = []
-        for folder in (one, other):
-            try:
-                contents.append(_without(json.loads((folder / file).read_text(encoding="utf-8"))))
-            except FileNotFoundError:
-                contents.append(None)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"file {folder / file}", got=error, expected="a readable JSON file") from None
-        if contents[0] != contents[1]:
-            keys = (
-                [
-                    key
-                    for key in {**(contents[0] or {}), **(contents[1] or {})}
-                    if (contents[0] or {}).get(key) != (contents[1] or {}).get(key)
-                ]
-                if all(isinstance(content, dict) for content in contents)
-                else []
-            )
-            found.append(f"{other / file}" + (f", {', '.join(keys[:3])}" if keys else ""))
+        before, after = (_settings(folder / file) for folder in (one, other))
+        if keys := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
+            found.append(f"{other / file}, {', '.join(keys[:3])}")
     return found
 
 
-def _without(content: Any) -> Any:
-    return (
-        {key: value for key, value in content.items() if key not in _MAY_DIFFER}
-        if isinstance(content, dict)
-        else content
-    )
+def _settings(file: Path) -> dict[str, Any]:
+    """What a JSON file says about how texts are read; nothing if it is not there."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"file {file}", got=error, expected="a readable JSON file", fix="copy it again") from None
+    known = content if isinstance(content, dict) else {"content": content}
+    return {key: value for key, value in known.items() if key not in _MAY_DIFFER}
 
 
-def _copy_rest(first: Path, base: Path, out: Path) -> None:
-    """All that a model folder holds beside its weights; the base's config where adapters have none."""
-    shutil.copytree(first, out, ignore=shutil.ignore_patterns(*_LEFT_OUT, "checkpoint-*", ".*"), dirs_exist_ok=True)
-    if (first / ADAPTERS).is_file() and not (out / "config.json").exists():
-        shutil.copy2(base / "config.json", out)
+def copy_rest(folder: Path, out: Path) -> None:
+    """All that a model folder holds beside its weights."""
+    for file in sorted(folder.rglob("*")):
+        place = file.relative_to(folder)
+        hidden = any(part.startswith((".", "checkpoint-")) for part in place.parts)
+        if file.is_file() and not hidden and not any(place.match(pattern) for pattern in _LEFT_OUT):
+            (out / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, out / place)
 
 
-def _write_indexes(template: Weights, out: Path) -> None:
+def _write_indexes(model: Weights, out: Path) -> None:
     """Of each module in shards, which file holds which tensor."""
-    for folder in {file.parent for file in template.files}:
-        if (folder / "model.safetensors.index.json").is_file():
-            stored = {name: held for name, held in template.stored.items() if held.file.parent == folder}
-            own = folder.relative_to(template.folder)
-            weight_map = {name.removeprefix(f"{own}/"): held.file.name for name, held in stored.items()}
-            size = sum(held.rows * held.width * held.dtype.itemsize for held in stored.values())
-            content = json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2)
-            (out / own / "model.safetensors.index.json").write_text(content + "\n", encoding="utf-8")
+    shards: dict[Path, list[Stored]] = {}
+    for stored in model.stored.values():
+        if stored.place.name != "model.safetensors":
+            shards.setdefault(stored.place.parent, []).append(stored)
+    for module, held in shards.items():
+        content = {"metadata": {}, "weight_map": {stored.key: stored.place.name for stored in held}}
+        write_whole(out / module / "model.safetensors.index.json", json.dumps(content, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _hashes(folders: list[Path], weights: list[Weights]) -> Iterator[Callable[[Path], dict[str, str]]]:
+def _hashes(models: dict[Path, Weights]) -> Iterator[Callable[[Path], dict[str, str]]]:
     """SHA-256 of the weight files of each folder, found in a thread while the merge runs."""
 
-    def of(files: list[Path], folder: Path) -> dict[str, str]:
-        return {str(file.relative_to(folder)): sha256(file) for file in files}
+    def of(model: Weights) -> dict[str, str]:
+        return {str(file.relative_to(model.folder)): sha256(file) for file in model.files}
 
     with ThreadPoolExecutor(1) as thread:
-        jobs = {folder: thread.submit(of, model.files, folder) for folder, model in zip(folders, weights, strict=True)}
+        jobs = {folder: thread.submit(of, model) for folder, model in models.items()}
         yield lambda folder: jobs[folder].result()
 
 
 @contextlib.contextmanager
-def _removed_unless_published(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into; gone afterwards, unless it was renamed."""
+    with told_of_full_disk(out, "free some disk"):
+        folder = Path(tempfile.mkdtemp(prefix=f".writing-{out.name}-", dir=out.parent))
+        folder.chmod(0o755)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

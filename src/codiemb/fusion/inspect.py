@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from codiemb.files import require_folder, write_whole
-from codiemb.fusion.folder import Weights
-from codiemb.fusion.fuse import require_alike
+from codiemb.fusion.fuse import opened, require_settings
 from codiemb.fusion.merge import THREADS, Tiles, tensors_of
 
 
@@ -54,13 +53,11 @@ def moves(checkpoints: Sequence[Path], base: Path) -> tuple[list[Moves], list[Mo
     Raises:
         CheckpointError: folders that cannot be compared.
     """
-    of_base = Weights(base)
-    parents = [Weights(folder, of_base) for folder in checkpoints]
-    require_alike(parents, of_base)
-    tensors = tensors_of(parents, of_base)
-    known = [tensor for tensor in tensors.values() if tensor.base is not None]
-    with torch.inference_mode(), ThreadPoolExecutor(THREADS) as threads:
-        sums = list(threads.map(_sums, known))
+    with opened(checkpoints, base, force=True) as (parents, of_base, _):
+        tensors = tensors_of(list(parents.values()), of_base)
+        known = [tensor for tensor in tensors.values() if tensor.base is not None]
+        with torch.inference_mode(), ThreadPoolExecutor(THREADS) as threads:
+            sums = list(threads.map(_sums, known))
     layers: dict[str, list[torch.Tensor]] = {}
     for tensor, found in zip(known, sums, strict=True):
         layers.setdefault(layer(tensor.name), []).append(found)
@@ -76,6 +73,7 @@ def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
         ConfigError: `out` cannot be written.
     """
     require_folder("--out", out)
+    require_settings(checkpoints)
     layers, tensors = moves(checkpoints, base)
     out.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {

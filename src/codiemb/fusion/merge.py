@@ -27,7 +27,7 @@ from codiemb.fusion.folder import NAMES, Stored, Weights
 from codiemb.fusion.weights import finished, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 18  # elements worked on at once
-THREADS = os.cpu_count() or 1
+THREADS = min(8, os.cpu_count() or 1)  # each holds a tile of every model
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Linear:
     def look(self, tensors: Sequence[Tiles]) -> None:
         if self.given is None and self.granularity == "model":
             known = [tensor for tensor in tensors if tensor.base is not None]
+            if not known:
+                raise CheckpointError("base", got="none of the checkpoints' tensors", expected="their base model")
             elements = sum(tensor.like.rows * tensor.like.width for tensor in known)
 
             def norms(mixes: Tensor) -> Tensor:
@@ -142,9 +144,11 @@ class Linear:
                 return finished(rows, self.norm, tensor.like.width).unsqueeze(-1)
 
             weights = self._guided(norms, len(parts))
-        total = torch.zeros_like(parts[0])
+        total = None
         for weight, part in zip(weights, parts, strict=True):
-            total += weight * part
+            if isinstance(weight, Tensor) or weight:  # adding 0 would turn a -0 around
+                total = weight * part if total is None else total.add_(weight * part)
+        assert total is not None
         return total if base is None or self.scale == 1 else base + self.scale * (total - base)
 
     def _guided(self, norms: Callable[[Tensor], Tensor], models: int) -> Float[Tensor, "model ..."]:
@@ -173,15 +177,12 @@ class Linear:
         return sums
 
 
-def merge(
-    parents: Sequence[Weights], base: Weights, template: Weights, rule: Rule, out: Path, *, threads: int = THREADS
-) -> dict[str, float]:
-    """Writes the merged weights into `out`, in files of the names and tensors that `template` has.
+def merge(parents: Sequence[Weights], base: Weights, rule: Rule, out: Path) -> dict[str, float]:
+    """Writes the merged weights into `out`, in files as the first parent has them (its base's, if it has adapters).
 
     Args:
         parents: models of the same tensors.
         base: where they began; its types are those of the result.
-        template: the parent or the base whose files are followed.
         rule: how.
         out: an existing folder.
 
@@ -194,14 +195,18 @@ def merge(
     tensors = tensors_of(parents, base, rule.whole)
     rule.look(list(tensors.values()))
     lengths = []
-    for file in template.files:
-        names = [name for name, stored in template.stored.items() if stored.file == file]
-        written = out / file.relative_to(template.folder)
+    files: dict[Path, list[str]] = {}
+    for name, stored in parents[0].stored.items():
+        files.setdefault(stored.place, []).append(name)
+    for place, names in files.items():
+        written = out / place
         written.parent.mkdir(parents=True, exist_ok=True)
-        places = _write_header(written, {name: _like(base, parents[0], name) for name in names}, template, file)
-        with written.open("r+b") as opened, ThreadPoolExecutor(threads) as pool:
-            write = partial(_write_tensor, tensors, parents[0], rule, opened.fileno(), places)
-            lengths += list(pool.map(write, names))
+        keys = {name: parents[0].stored[name].key for name in names}
+        places = _write_header(written, {keys[name]: _like(base, parents[0], name) for name in names})
+        # A method that sees whole tensors would hold one of every model in each thread.
+        with written.open("r+b") as opened, ThreadPoolExecutor(1 if rule.whole else THREADS) as pool:
+            write = partial(_write_tensor, tensors, parents[0], rule, opened.fileno())
+            lengths += list(pool.map(write, names, [places[keys[name]] for name in names]))
     return {"delta_length": sum(lengths) ** 0.5}
 
 
@@ -215,11 +220,11 @@ def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -
 
 
 def _write_tensor(
-    tensors: dict[str, Tiles], first: Weights, rule: Rule, descriptor: int, places: dict[str, int], name: str
+    tensors: dict[str, Tiles], first: Weights, rule: Rule, descriptor: int, name: str, place: int
 ) -> float:
     """Writes a tensor at its place, merged or, of whole numbers, as it is; returns its squared distance from the base,
     or from 0 where the base has none."""
-    place, squared = places[name], 0.0
+    squared = 0.0
     if name not in tensors:
         _write(descriptor, first.read(name, 0, first.stored[name].rows), place)
         return squared
@@ -253,21 +258,23 @@ def _like(base: Weights, parent: Weights, name: str) -> Stored:
     return base.stored.get(name, parent.stored[name])
 
 
-def _write_header(file: Path, tensors: dict[str, Stored], template: Weights, original: Path) -> dict[str, int]:
+def _write_header(file: Path, tensors: dict[str, Stored]) -> dict[str, int]:
     """Makes a safetensors file of its full size; returns by tensor where its bytes begin."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end, own = 0, original.parent.relative_to(template.folder)
-    for name, stored in tensors.items():
-        begin, end = end, end + stored.rows * stored.width * stored.dtype.itemsize
-        short = name if str(own) == "." else name.removeprefix(f"{own}/")
-        header[short] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": [begin, end]}
+    begins, end = {}, 0
+    for key, stored in tensors.items():
+        begins[key], end = end, end + stored.rows * stored.width * stored.dtype.itemsize
+        header[key] = {
+            "dtype": NAMES[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": [begins[key], end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        os.posix_fallocate(opened.fileno(), 0, 8 + len(text) + end) if end else None
-    begins = [facts["data_offsets"][0] for key, facts in header.items() if key != "__metadata__"]
-    return {name: 8 + len(text) + begin for name, begin in zip(tensors, begins, strict=True)}
+        opened.truncate(8 + len(text) + end)
+    return {key: 8 + len(text) + begin for key, begin in begins.items()}
 
 
 def _write(descriptor: int, rows: Tensor, place: int) -> None:

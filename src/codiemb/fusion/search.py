@@ -16,8 +16,8 @@ from statistics import mean
 from typing import Any, Literal
 
 from codiemb.errors import ConfigError
-from codiemb.files import require_folder, write_whole
-from codiemb.fusion.fuse import fuse
+from codiemb.files import write_whole
+from codiemb.fusion.fuse import fuse, opened, require_empty, require_settings
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ GRID: tuple[dict[str, Any], ...] = (
     {"method": "uniform"},
     {"method": "uniform", "scale": 0.7},
     {"method": "uniform", "scale": 1.3},
-    *({"granularity": granularity} for granularity in ("model", "tensor", "row", "element")),
-    {"weighting": "inverse"},
-    {"granularity": "element", "norm": "mean_square"},
+    *({"method": "delta", "granularity": granularity} for granularity in ("model", "tensor", "row", "element")),
+    {"method": "delta", "weighting": "inverse"},
+    {"method": "delta", "granularity": "element", "norm": "mean_square"},
 )
 
 
@@ -54,18 +54,19 @@ class Search:
         base: the model they were trained from.
         out: a new folder, for trials and the model that is chosen.
         score: what scores a model folder.
+        force: as for `fuse`.
 
     Raises:
-        ConfigError: `out` holds files.
+        ConfigError: `out` holds files, or there is one checkpoint only.
+        CheckpointError: the checkpoints cannot be merged.
     """
 
-    def __init__(self, checkpoints: Sequence[Path], base: Path, out: Path, score: Score) -> None:
-        require_folder("--out", out)
-        if out.exists() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
-        if len(checkpoints) < 2:
-            raise ConfigError("checkpoints", got=len(checkpoints), expected="at least two")
-        self.checkpoints, self.base, self.out, self.score = list(checkpoints), base, out, score
+    def __init__(self, checkpoints: Sequence[Path], base: Path, out: Path, score: Score, force: bool = False) -> None:
+        require_empty(out)
+        require_settings(checkpoints)
+        with opened(checkpoints, base, force):
+            pass
+        self.checkpoints, self.base, self.out, self.score, self.force = list(checkpoints), base, out, score, force
         self.trials: list[Trial] = []
 
     def alone(self, checkpoint: Path) -> Trial:
@@ -75,7 +76,7 @@ class Search:
     def fused(self, checkpoints: Sequence[Path], settings: dict[str, Any]) -> Trial:
         """Scores a fusion."""
         folder = self.out / "trial"
-        fuse(checkpoints, self.base, folder, **settings)
+        fuse(checkpoints, self.base, folder, **settings, force=self.force)
         try:
             return self._record(checkpoints, settings, folder)
         finally:
@@ -84,11 +85,13 @@ class Search:
     def keep(self, trial: Trial) -> Path:
         """Writes the model of a trial, with its scores and all trials in its `fusion.json`."""
         best = self.out / "best"
-        if len(trial.checkpoints) == 1:
-            shutil.copytree(trial.checkpoints[0], best)
-            facts: dict[str, Any] = {"method": "one checkpoint", "parents": trial.checkpoints}
+        if len(trial.checkpoints) == 1:  # all weight on one, so that what only training needs stays behind
+            chosen = trial.checkpoints[0]
+            others = [str(folder) for folder in self.checkpoints if str(folder) != chosen]
+            weights = [1.0] + [0.0] * len(others)
+            facts = fuse([chosen, *others], self.base, best, method="weighted", weights=weights, force=True).facts
         else:
-            facts = fuse(trial.checkpoints, self.base, best, **trial.settings).facts
+            facts = fuse(trial.checkpoints, self.base, best, **trial.settings, force=self.force).facts
         facts = {**facts, "scores": trial.scores, "trials": [asdict(tried) for tried in self.trials]}
         write_whole(best / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         return best
@@ -109,6 +112,9 @@ def best(search: Search, way: Way | None, settings: dict[str, Any]) -> str:
     Args:
         way: `greedy`: greedy soup; `grid`: `GRID`; None: the one fusion of `settings`.
     """
+    if way != "greedy":
+        for tried in GRID if way == "grid" else (settings,):
+            require_settings(search.checkpoints, **{**settings, **tried})
     alone = [search.alone(checkpoint) for checkpoint in search.checkpoints]
     if way == "greedy":
         greedy_soup(search, alone)
@@ -137,12 +143,13 @@ def pareto(search: Search, steps: int = 11) -> str:
     one, other = search.checkpoints[:2]
     shares = [step / (steps - 1) for step in range(steps)]
     for share in shares:
-        search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
+        first = search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
+        if len(tasks := list(first.scores)) != 2:
+            raise ConfigError(
+                "--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity"
+            )
     for further in search.checkpoints[2:]:
         search.alone(further)
-    tasks = list(search.trials[0].scores)
-    if len(tasks) != 2:
-        raise ConfigError("--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity")
     points = [(trial.scores[tasks[0]], trial.scores[tasks[1]]) for trial in search.trials]
     best_of_all = front(points)
     at_knee = best_of_all[knee([points[place] for place in best_of_all])]

@@ -33,7 +33,7 @@ from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, 
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
-from codiemb.fusion.fuse import fuse
+from codiemb.fusion.fuse import fuse, require_base
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
@@ -99,6 +99,8 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
     _require_fitting(config, encoder)
+    if config.fusion:
+        require_base(folder_of(config.model.base), config.fusion.method)
     training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
@@ -174,15 +176,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             write_card(run / WRITING, prepared.config, prepared.report, base, trained, suite)
             publish(run / WRITING, run / "model")
         barrier()
-        fused = _fuse(config, suite) if config.fusion else None
+        fused = _fuse(trainer, config, suite) if config.fusion else None
     return TrainResult(run / "model", base, trained, suite, fused)
 
 
-def _fuse(config: Config, suite: list[Source]) -> Results | None:
+def _fuse(trainer: JointTrainer, config: Config, suite: list[Source]) -> Results | None:
     """Merges the checkpoints of the run into fused/<method> and scores that."""
     assert config.fusion is not None
     settings, run = config.fusion.model_dump(exclude={"checkpoints"}), Path(config.output_dir)
-    newest_first = checkpoints(run)
+    newest_first = on_first(lambda: checkpoints(run))
     chosen = newest_first if config.fusion.checkpoints == "all" else newest_first[: config.fusion.checkpoints]
     if len(chosen) < 2:
         logger.info(f"nothing to fuse: {run} has {len(chosen)} checkpoint(s)")
@@ -191,7 +193,8 @@ def _fuse(config: Config, suite: list[Source]) -> Results | None:
     on_first(lambda: fuse(chosen, folder_of(config.model.base), out, **settings) and None)
     barrier()
     logger.info(f"fused {len(chosen)} checkpoints into {out}")
-    encoder = open_model(str(out), dtype=torch.float32)
+    with loading_whole(trainer.args):
+        encoder = open_model(str(out), dtype=torch.float32)
     return _evaluate(encoder, suite, run / "eval" / config.fusion.method, "of the fused model")
 
 
