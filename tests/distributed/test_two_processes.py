@@ -58,7 +58,7 @@ STEPS = {  # what a step holds, and settings of the losses
     "one query and all pairs": (step(queries=[2], pairs=[3, 0, 1, 2, 4]), {}),
     "all queries and one pair": (step(queries=[0, 1, 2, 3, 4], pairs=[3]), {"candidates": "same_slot"}),
 }
-TOKENS = 24  # of a micro-batch, so that there are several
+TOKENS = 12  # of a micro-batch: two or three texts
 MEMORIES = {  # of one byte a token
     "direct": None,
     "the last micro-batch direct": Memory(TOKENS, Footprint(1, 0), TOKENS),
