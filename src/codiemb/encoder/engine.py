@@ -14,6 +14,7 @@ same texts, and each encodes its share.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -61,8 +62,11 @@ def embed(
             gradients are the same to the last bit.
     """
 
+    # Layers that run again in the backward pass (gradient checkpointing) replay torch's generator, and it alone.
+    replayed = getattr(getattr(encoder[0], "model", None), "is_gradient_checkpointing", False)
+
     def run(seed: int, features: Features) -> tuple[Tensor, ...]:
-        with drawn_from(seed):
+        with contextlib.nullcontext() if replayed else drawn_from(seed):
             output = encoder(dict(features))
         final = output["sentence_embedding"].float()
         return (final, pool_middle(encoder, output).float()) if middle else (final,)
