@@ -79,6 +79,18 @@ def test_what_is_not_kept_gives_the_same_bits_with_dropout(encoder, middle, cach
     assert not torch.equal(outputs_and_gradients(encoder, middle, cached)[0], expected)
 
 
+def test_dropout_is_that_of_one_after_the_other(encoder, monkeypatch):
+    """A run may go on with another number of threads."""
+    dropout(encoder, 0.3)
+    torch.manual_seed(3)
+    expected, _ = one_after_the_other(encoder, monkeypatch, False)
+    after = torch.rand(())
+    torch.manual_seed(3)
+    found, _ = outputs_and_gradients(encoder)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(torch.rand(()), after)
+
+
 def test_without_gradient_nothing_is_kept(encoder):
     tokens = tokenize(encoder, TEXTS, 64)
     expected, _ = outputs_and_gradients(encoder)

@@ -31,8 +31,7 @@ def keep_mask(shape: torch.Size, p: float) -> Float[Tensor, "..."]:
     gradient checkpointing) replays the mask; inside `drawn_from` from the generator there.
     """
     dropped = round(p * 65536)
-    own = getattr(_of_thread, "seeds", None)
-    seed = int(torch.randint(2**62, ())) if own is None else int(own.integers(2**62))
+    seed = int(torch.randint(2**62, (), generator=getattr(_of_thread, "generator", None)))
     numbers = np.random.Generator(np.random.SFC64(seed))
     size = shape.numel()
     bits = numbers.integers(0, 2**64, size=-(-size // 4), dtype=np.uint64).view(np.int16)[:size]
@@ -41,12 +40,12 @@ def keep_mask(shape: torch.Size, p: float) -> Float[Tensor, "..."]:
 
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
-    """Inside, the masks of this thread depend on `seed` alone."""
-    _of_thread.seeds = np.random.default_rng(seed)
+    """Inside, the masks of this thread are those that torch's generator would give after this seed."""
+    _of_thread.generator = torch.Generator().manual_seed(seed)
     try:
         yield
     finally:
-        _of_thread.seeds = None
+        _of_thread.generator = None
 
 
 _of_thread = threading.local()

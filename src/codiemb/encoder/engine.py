@@ -14,7 +14,6 @@ same texts, and each encodes its share.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -30,7 +29,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
-from codiemb.encoder.cpu import drawn_from
 from codiemb.encoder.gpu import packs
 from codiemb.encoder.model import hidden_states
 from codiemb.encoder.threads import pays, side_by_side
@@ -62,12 +60,8 @@ def embed(
             gradients are the same to the last bit.
     """
 
-    # Layers that run again in the backward pass (gradient checkpointing) replay torch's generator, and it alone.
-    replayed = getattr(getattr(encoder[0], "model", None), "is_gradient_checkpointing", False)
-
-    def run(seed: int, features: Features) -> tuple[Tensor, ...]:
-        with contextlib.nullcontext() if replayed else drawn_from(seed):
-            output = encoder(dict(features))
+    def run(features: Features) -> tuple[Tensor, ...]:
+        output = encoder(dict(features))
         final = output["sentence_embedding"].float()
         return (final, pool_middle(encoder, output).float()) if middle else (final,)
 
@@ -75,12 +69,14 @@ def embed(
     seeds = torch.randint(2**62, (len(micro_batches),)).tolist() if encoder.training else [0] * len(micro_batches)
     inside = partial(hidden_states, encoder, middle)
     if pays(encoder, micro_batches):
-        columns = side_by_side(encoder, [partial(run, seed) for seed in seeds], micro_batches, cached, inside)
+        columns = side_by_side(encoder, run, micro_batches, seeds, cached, inside)
     else:
 
         def alone(seed: int, features: Features) -> tuple[Tensor, ...]:
-            with inside():
-                return run(seed, features)
+            with inside(), torch.random.fork_rng(devices=[]):
+                # torch's own generator, because layers that run again (gradient checkpointing) replay that.
+                torch.default_generator.manual_seed(seed)
+                return run(features)
 
         rows = []
         # Without early stop: no exception passes through the model's hooks, and after pooling nothing is to be saved.

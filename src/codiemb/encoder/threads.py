@@ -30,18 +30,24 @@ Inside = Callable[[], AbstractContextManager[None]]
 
 
 def side_by_side(
-    encoder: SentenceTransformer, runs: Sequence[Run], micro_batches: list[dict[str, Any]], cached: int, inside: Inside
+    encoder: SentenceTransformer,
+    run: Run,
+    micro_batches: Sequence[dict[str, Any]],
+    seeds: Sequence[int],
+    cached: int,
+    inside: Inside,
 ) -> Outputs:
     """The outputs of all micro-batches, each as one tensor; with gradient where it is enabled.
 
     Args:
         encoder: the model that is run.
-        runs: for each micro-batch what makes its outputs, [text, ...] each, and makes them again the same.
+        run: a micro-batch -> its outputs, [text, ...] each.
         micro_batches: at least one.
+        seeds: of each micro-batch, what its dropout depends on.
         cached: so many, from the first, keep no activations.
         inside: a context of the whole process, in which they are made.
     """
-    jobs = [_Job(run, features) for run, features in zip(runs, micro_batches, strict=True)]
+    jobs = [_Job(run, features, seed) for features, seed in zip(micro_batches, seeds, strict=True)]
     weights = [weight for weight in encoder.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and weights:
         return _SideBySide.apply(jobs, cached, partial(_inside, encoder, inside), *weights)
@@ -75,6 +81,7 @@ class _Job:
 
     run: Run
     features: dict[str, Any]
+    seed: int
     outputs: Outputs | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +89,7 @@ class _Job:
 
     def forward(self, keep: bool, inference: bool = False) -> Outputs:
         with (
+            cpu.drawn_from(self.seed),
             torch.inference_mode(inference),
             torch.set_grad_enabled(keep),
             # Its cache is one for all threads, and goes when any of them leaves.
