@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from codiemb.files import require_folder, write_whole
-from codiemb.fusion.fuse import opened, require_settings
+from codiemb.fusion.alike import opened
+from codiemb.fusion.fuse import require_settings
 from codiemb.fusion.merge import THREADS, Tiles, tensors_of
 
 

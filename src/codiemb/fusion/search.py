@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from codiemb.errors import ConfigError
 from codiemb.files import write_whole
-from codiemb.fusion.fuse import fuse, opened, require_empty, require_settings
+from codiemb.fusion.alike import opened
+from codiemb.fusion.fuse import fuse, require_empty, require_settings
 
 logger = logging.getLogger(__name__)
 
