@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from codiemb.errors import ConfigError
+from codiemb.errors import CheckpointError, ConfigError
 from codiemb.files import held
 
 # Holds the folder, forks a child (as data workers are) that lives on, says both process numbers, and waits.
@@ -46,3 +46,13 @@ def test_a_folder_can_be_held_again(tmp_path):
     for _ in range(2):
         with held(tmp_path / "new", tmp_path / "unfinished"):
             pass
+
+
+@pytest.mark.parametrize("error", [CheckpointError("disk", got="full", expected="room"), RuntimeError("peer lost")])
+def test_what_is_unfinished_goes_with_any_error(tmp_path, error):
+    """Also when it is another rank's disk that is full, which this one only sees as a lost connection."""
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    with pytest.raises(type(error)), held(tmp_path, unfinished):
+        raise error
+    assert not unfinished.exists()

@@ -21,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     # Threads of torch that wait should sleep: one busy neighbour makes spinning ones many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    keep_memory()
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     ours = logging.getLogger("codiemb")
@@ -57,7 +56,7 @@ def check(arguments: argparse.Namespace) -> None:
     from codiemb.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    _quiet_libraries()
+    _ready_for_models()
     from codiemb.training.run import prepare
 
     print(prepare(config, device="cpu").report.text())
@@ -67,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
     from codiemb.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    _quiet_libraries()
+    _ready_for_models()
     from codiemb import distributed
     from codiemb.training import run
 
@@ -92,7 +91,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             fix="evaluate them into different --out folders",
         )
     require_folder("--out", Path(arguments.out))
-    _quiet_libraries()
+    _ready_for_models()
     import torch
 
     from codiemb import distributed
@@ -145,7 +144,7 @@ def _search(
     if not arguments.suite:
         raise ConfigError("--suite", got="none", expected="a dev suite to choose on, with --search and --pareto")
     suite = load_suite(arguments.suite, arguments.data_root)
-    _quiet_libraries()
+    _ready_for_models()
     from codiemb.evaluation.suite import require_readable, scores_of
     from codiemb.fusion import search
 
@@ -154,7 +153,7 @@ def _search(
     if arguments.pareto:
         print(search.pareto(trials))
     else:
-        print(search.best(trials, arguments.search, settings))
+        print(search.best(trials, arguments.search, settings, arguments.trials))
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -165,8 +164,9 @@ def _parameter(text: str) -> tuple[str, float]:
         raise ConfigError(f"--parameters {text}", got=repr(value), expected="name=number") from None
 
 
-def _quiet_libraries() -> None:
-    """The libraries' own notes and bars (weights loaded, advice on defaults) are not part of our output."""
+def _ready_for_models() -> None:
+    """Freed memory is kept, and the libraries' own notes and bars are not part of our output."""
+    keep_memory()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
@@ -236,7 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("--suite", metavar="SUITE", help="a dev suite: scores the checkpoints and what is fused")
     fused.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     ways = fused.add_mutually_exclusive_group()
-    ways.add_argument("--search", choices=["greedy", "grid"], help="choose the fusion that scores best on --suite")
+    ways.add_argument("--search", choices=["greedy", "grid", "layers"], help="choose what scores best on --suite")
+    fused.add_argument("--trials", type=int, default=50, help="of --search layers (default: %(default)s)")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
     return parser

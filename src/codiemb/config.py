@@ -235,26 +235,36 @@ class Evaluation(Section):
 Method = Literal[
     "delta", "uniform", "weighted", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"
 ]
+RunMethod = Literal[Method, "ema"]
 Granularity = Literal["model", "tensor", "row", "element"]
 Norm = Literal["l1", "l2", "mean_square"]
 Weighting = Literal["proportional", "inverse", "softmax"]
 
 
 class Fusion(Section):
-    """What the checkpoints of the run are merged into when it ends; the names are those of `codiemb.fuse`."""
+    """What the checkpoints of the run are merged into when it ends; the names are those of `codiemb.fuse`.
+
+    Of several methods, or with `ema` (the mean weights of all steps), the best on `suite`, a dev suite, is kept.
+    """
 
     checkpoints: Literal["all"] | Annotated[int, Field(ge=2)] = "all"
-    method: Method = "delta"
+    method: RunMethod | Annotated[list[RunMethod], Field(min_length=1)] = "delta"
     granularity: Granularity = "tensor"
     norm: Norm = "l2"
     weighting: Weighting = "proportional"
     temperature: Temperature = 1.0
     scale: Weight = 1.0
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    suite: str | None = None
+
+    @property
+    def methods(self) -> list[RunMethod]:
+        return [self.method] if isinstance(self.method, str) else list(dict.fromkeys(self.method))
 
     @field_validator("method")
     @classmethod
-    def _without_weights(cls, value: str) -> str:
-        if value == "weighted":
+    def _without_weights(cls, value: str | list[str]) -> str | list[str]:
+        if "weighted" in ([value] if isinstance(value, str) else value):
             raise ValueError("expected another method, because a run has no weights to give: use codiemb fuse")
         return value
 
@@ -331,8 +341,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     config = validate(Config, content, f"config {path}")
     root = folder / Path(config.data_root or ".").expanduser()
     config.data = [_absolute(source, root) for source in config.data]
-    if config.evaluation.suite:
-        config.evaluation.suite = str((folder / Path(config.evaluation.suite).expanduser()).resolve())
+    for section in (config.evaluation, config.fusion):
+        if section and section.suite:
+            section.suite = str((folder / Path(section.suite).expanduser()).resolve())
     config.output_dir = str(Path(config.output_dir).expanduser())
     config.data_root = str(root.resolve()) if config.data_root else None
     if _is_local(config.model.base, folder):

@@ -101,6 +101,13 @@ def _sharded(config: Config) -> list[str]:
 
 
 def _fusion(config: Config) -> list[str]:
-    if config.fusion and (config.train.save_strategy == "no" or config.train.save_total_limit == 1):
-        return ["fusion: got a run that keeps no two checkpoints, expected train.save_total_limit of 2 or more"]
-    return []
+    faults: list[str] = []
+    if config.fusion is None:
+        return faults
+    if config.fusion.methods != ["ema"] and (config.train.save_strategy == "no" or config.train.save_total_limit == 1):
+        faults.append("fusion: got a run that keeps no two checkpoints, expected train.save_total_limit of 2 or more")
+    if "ema" in config.fusion.methods and (config.train.fsdp or config.train.deepspeed):
+        faults.append(
+            "fusion.method: got ema with a sharded model, expected another, because no rank holds all weights"
+        )
+    return faults

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from codiemb.errors import CheckpointError, CodiembError, ConfigError
+from codiemb.errors import CheckpointError, ConfigError
 
 LOCK = ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,7 +60,7 @@ def held(folder: Path, unfinished: Path) -> Iterator[None]:
     """Inside, no other process can hold `folder`; the kernel lets go of it when this process ends, however it ends.
 
     A POSIX record lock, which forked data workers do not inherit, so those of a killed run keep nothing. A file system
-    without locks is used without. After a mistake, or without room on the disk, `unfinished` is removed.
+    without locks is used without. After an error, of this process or of another rank, `unfinished` is removed.
 
     Raises:
         ConfigError: another process holds the folder.
@@ -79,7 +79,7 @@ def held(folder: Path, unfinished: Path) -> Iterator[None]:
                 ) from None
         try:
             yield
-        except CodiembError:
+        except Exception:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
 

@@ -15,6 +15,7 @@ from codiemb import fuse
 from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.fusion import merge
+from codiemb.fusion.weights import layer_of
 from tests.conftest import needs_peft
 
 GRANULARITIES, NORMS, WEIGHTINGS = (get_args(kind) for kind in (Granularity, Norm, Weighting))
@@ -305,12 +306,37 @@ def refused(error, three, base, tmp_path, *words, **settings):
         ({"method": "weighted"}, ["weights", "none"]),
         ({"method": "weighted", "weights": [1, 2]}, ["weights", "3 numbers"]),
         ({"method": "weighted", "weights": [1, -1, 0]}, ["weights", "sum above 0"]),
+        ({"method": "weighted", "weights": {"layer 0": [1, 2, 3]}}, ["weights", "embeddings, layer 0, layer 1"]),
+        ({"method": "weighted", "weights": {"layer 0": [1, 2]}}, ["weights", "3 numbers"]),
         ({"weighting": "softmax", "temperature": 0}, ["temperature"]),
     ],
     ids=str,
 )
 def test_settings(base, three, tmp_path, settings, words):
     refused(ConfigError, three, base, tmp_path, *words, **settings)
+
+
+def test_weights_by_layer(base, three, tmp_path):
+    """Each layer is the mean by its own weights, whatever the order of the checkpoints."""
+    layers = {
+        "embeddings": [1, 0, 0],
+        "layer 0": [1, 1, 2],
+        "layer 1": [0, 3, 1],
+        "layer 2": [1, 1, 1],
+        "pooler": [0, 1, 0],
+    }
+    first, *others = load_file(three[0] / FILE), load_file(three[1] / FILE), load_file(three[2] / FILE)
+    given = {layer: layers[layer] for layer in layers if any(layer_of(name) == layer for name in first)}
+    out = fuse(three, base, tmp_path / "out", method="weighted", weights=given).path
+    turned = {layer: weights[::-1] for layer, weights in given.items()}
+    again = fuse(three[::-1], base, tmp_path / "again", method="weighted", weights=turned).path
+    assert (out / FILE).read_bytes() == (again / FILE).read_bytes()
+    for name, merged in load_file(out / FILE).items():
+        weights = given[layer_of(name)]
+        expected = sum(w * model[name].double() for w, model in zip(weights, [first, *others], strict=True)) / sum(
+            weights
+        )
+        torch.testing.assert_close(merged.double(), expected, rtol=0, atol=1e-7)
 
 
 def test_one_checkpoint_only(base, three, tmp_path):

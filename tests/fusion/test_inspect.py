@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from codiemb.fusion.inspect import inspect, layer, moves
+from codiemb.fusion.inspect import inspect, moves
+from codiemb.fusion.weights import layer_of
 
 NAME = "encoder.layer.1.output.dense.bias"
 
@@ -55,4 +56,4 @@ def test_table_and_files(two, tiny_model_folder, tmp_path):
 
 def test_layers_by_name():
     names = {"encoder.layer.3.x.weight": "layer 3", "layers.11.y": "layer 11", "embeddings.word.weight": "embeddings"}
-    assert {name: layer(name) for name in names} == names
+    assert {name: layer_of(name) for name in names} == names

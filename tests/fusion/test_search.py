@@ -103,3 +103,32 @@ def test_what_holds_files_is_refused(checkpoints, tiny_model_folder, tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(ConfigError, match="a folder with files"):
         Search(checkpoints, tiny_model_folder, tmp_path / "out", near(1))
+
+
+def test_weights_by_layer_find_what_one_weight_for_all_cannot(checkpoints, tiny_model_folder, tmp_path):
+    """The bias should be that of the last checkpoint, the word embeddings those of the first."""
+    words = "embeddings.word_embeddings.weight"
+    for number, folder in enumerate(checkpoints):
+        weights = load_file(folder / FILE)
+        save_file(weights | {words: weights[words] * 0 + number}, folder / FILE, {"format": "pt"})
+
+    def score(folder):
+        weights = load_file(folder / FILE)
+        return {"retrieval": 1 - abs(weights[NAME].mean().item() - 5) / 10 - abs(weights[words].mean().item()) / 10}
+
+    told = best(Search(checkpoints, tiny_model_folder, tmp_path / "out", score), "layers", {}, trials=40)
+    tried = trials(tmp_path / "out")
+    assert len(tried) >= 43
+    assert max(trial["score"] for trial in tried) > max(trial["score"] for trial in tried[:3]) + 0.02
+    facts = json.loads((tmp_path / "out" / "best" / "fusion.json").read_text())
+    for layer, weights in facts["weights"].items():
+        assert sum(weights) == pytest.approx(1), layer
+    assert facts["weights"]["layer 0"][2] > facts["weights"]["embeddings"][2]
+    assert "by layer" in told
+
+
+@pytest.mark.parametrize("way", ["greedy", "layers"])
+def test_settings_that_a_search_would_not_use_are_refused(checkpoints, tiny_model_folder, tmp_path, way):
+    with pytest.raises(ConfigError, match=f"--search {way}: got granularity"):
+        best(Search(checkpoints, tiny_model_folder, tmp_path / "out", near(1)), way, {"granularity": "row"})
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from codiemb.errors import ConfigError
 from codiemb.training import trainer
 from codiemb.training.clock import PHASES
 from codiemb.training.metrics import MetricsLog
+from codiemb.training.run import results_table
 from tests.small_run import LETTERS, assert_equal_weights, small_run, weights, write_lines
 
 
@@ -238,11 +240,45 @@ def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path):
         "checkpoint-12",
         "checkpoint-14",
     }
-    assert result.fused is not None
-    assert json.loads((run / "eval" / "uniform" / "pairs.json").read_text())["metrics"] == result.fused["pairs"]
+    scores = json.loads((run / "eval" / "uniform" / "pairs.json").read_text())["metrics"]
+    assert scores == result.fused["uniform"]["pairs"]
     mean = (
         sum(weights(run / f"checkpoint-{step}")["0.model.embeddings.word_embeddings.weight"] for step in (9, 12, 14))
         / 3
     )
     fused = weights(run / "fused" / "uniform")["0.model.embeddings.word_embeddings.weight"]
     torch.testing.assert_close(fused, mean)
+
+
+def test_of_several_merges_the_best_on_a_dev_suite_stays(config_file, tmp_path):
+    settings = "fusion={method: [uniform, delta, ema], suite: suite.yaml}"
+    result = train(load_config(config_file, [settings]))
+    run = tmp_path / "run"
+    assert list(result.fused) == ["uniform", "delta", "ema"]
+    choice = json.loads((run / "fused" / "choice.json").read_text())
+    scores = {name: sum(found.values()) / 2 for name, found in choice["scores"].items()}
+    assert scores["ema"] == pytest.approx(
+        (result.fused["ema"]["search"]["ndcg_at_10"] + result.fused["ema"]["pairs"]["spearman"]) / 2
+    )
+    assert scores[choice["chosen"]] == max(scores.values())
+    kept = {path.name for path in (run / "fused").iterdir() if path.is_dir()}
+    assert kept == {choice["chosen"]} - {"model"}
+    assert (run / "eval" / "delta" / "pairs.json").exists()
+    assert "| uniform | delta | ema |" in results_table(result)
+
+
+def test_the_mean_of_the_weights_goes_on_when_a_run_is_resumed(config_file, tmp_path):
+    """To the same bits as without the stop; and a run that had no mean cannot begin one in its middle."""
+    ema = "fusion={method: ema, ema_decay: 0.8}"
+    train(load_config(config_file, [ema]))
+    run, halted = tmp_path / "run", tmp_path / "halted"
+    halted.mkdir()
+    (halted / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    shutil.copytree(run / "checkpoint-6", halted / "checkpoint-6")
+    for settings in ("fusion={method: ema, ema_decay: 0.9}", "fusion={method: [ema, uniform]}"):
+        with pytest.raises(ConfigError, match="one mean over all steps"):
+            train(load_config(config_file, [f"output_dir={halted}", settings]), resume=True)
+    train(load_config(config_file, [f"output_dir={halted}", ema]), resume=True)
+    assert_equal_weights(run / "fused" / "ema", halted / "fused" / "ema", rtol=0, atol=0)
+    before, after = weights(run / "fused" / "ema"), weights(run / "model")
+    assert any(not torch.equal(before[name], after[name]) for name in before)

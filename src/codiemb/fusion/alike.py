@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from codiemb.errors import CheckpointError
 from codiemb.files import write_whole
@@ -114,19 +114,19 @@ def require_alike(parents: list[Weights], base: Weights) -> None:
                     got=_shape(found[1]),
                     expected=f"{_shape(found[0])}, as in {first.folder}",
                 )
-            if not first.stored[name].dtype.is_floating_point:
-                rows = first.stored[name].rows
-                if not torch.equal(first.read(name, 0, rows), parent.read(name, 0, rows)):
-                    raise CheckpointError(
-                        f"checkpoint {parent.folder}, tensor {name}",
-                        got="other whole numbers",
-                        expected=f"those of {first.folder}, because they cannot be averaged",
-                    )
+            if not first.stored[name].is_floating_point and not np.array_equal(
+                first.bytes_of(name), parent.bytes_of(name)
+            ):
+                raise CheckpointError(
+                    f"checkpoint {parent.folder}, tensor {name}",
+                    got="other whole numbers",
+                    expected=f"those of {first.folder}, because they cannot be averaged",
+                )
     modules = {name.rpartition("/")[0] for name in base.stored}
     for name, stored in first.stored.items():
         of_base = base.stored[name].shape if name in base.stored else None
         new_module = name.rpartition("/")[0] not in modules
-        if stored.dtype.is_floating_point and of_base != stored.shape and not new_module:
+        if stored.is_floating_point and of_base != stored.shape and not new_module:
             raise CheckpointError(
                 f"base {base.folder}, tensor {name}",
                 got=_shape(of_base),

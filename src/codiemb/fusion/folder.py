@@ -14,25 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from codiemb.errors import CheckpointError
+from codiemb.fusion.numbers import FLOATING, TYPES, widened
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ADAPTERS = "adapter_model.safetensors"
 _OF_ADAPTERS = "base_model.model."
 _NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
@@ -45,13 +32,14 @@ class Stored:
     Attributes:
         place: the file, relative to its model folder.
         key: the tensor's name in the file.
+        dtype: as safetensors names it.
     """
 
     file: Path
     place: Path
     key: str
     begin: int
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
     @property
@@ -62,6 +50,14 @@ class Stored:
     @property
     def width(self) -> int:
         return math.prod(self.shape) // max(1, self.rows)
+
+    @property
+    def itemsize(self) -> int:
+        return TYPES[self.dtype].itemsize
+
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype in FLOATING
 
 
 class Weights:
@@ -96,31 +92,38 @@ class Weights:
     def has_adapters(self) -> bool:
         return bool(self._lora)
 
-    def read(self, name: str, begin: int, end: int) -> Tensor:
-        """Rows of a tensor as [row, width], in the type it is stored in (with adapters: float32)."""
+    def read(self, name: str, begin: int, end: int, wide: np.dtype) -> np.ndarray:
+        """Rows of a tensor as [row, width], in the type to do arithmetic in."""
         if name not in self._lora:
-            return self._read(self.stored[name], begin, end)
+            return self._read(self.stored[name], begin, end, wide)
         assert self._base is not None
         down, up = self._lora[name]
-        rows = self._base.read(name, begin, end).float()
-        product = self._read(up, begin, end).float() @ self._read(down, 0, down.rows).float()
-        return rows + self._scaling * product
+        rows = self._base.read(name, begin, end, np.dtype(np.float32))
+        product = self._read(up, begin, end, rows.dtype) @ self._read(down, 0, down.rows, rows.dtype)
+        return (rows + np.float32(self._scaling) * product).astype(wide, copy=False)
 
-    def _read(self, stored: Stored, begin: int, end: int) -> Tensor:
+    def _read(self, stored: Stored, begin: int, end: int, wide: np.dtype) -> np.ndarray:
+        return widened(self._bytes(stored, begin, end), stored.dtype, wide)
+
+    def bytes_of(self, name: str) -> np.ndarray:
+        """A whole tensor as it is stored, as [row, width]."""
+        return self._bytes(self.stored[name], 0, self.stored[name].rows)
+
+    def _bytes(self, stored: Stored, begin: int, end: int) -> np.ndarray:
         if stored.file not in self._open:  # what an adapter stands beside
             assert self._base is not None
-            return self._base._read(stored, begin, end)
-        size = stored.dtype.itemsize
+            return self._base._bytes(stored, begin, end)
+        size = stored.itemsize
         wanted = (end - begin) * stored.width * size
-        buffer = torch.empty(wanted, dtype=torch.uint8)
-        view = buffer.numpy().data
+        rows = np.empty((end - begin, stored.width), TYPES[stored.dtype])
+        view = rows.reshape(-1).view(np.uint8).data
         done = 0
         while done < wanted:
             got = os.preadv(self._open[stored.file], [view[done:]], stored.begin + begin * stored.width * size + done)
             if got == 0:
                 raise _damaged(stored.file, "a file that became shorter while it was read")
             done += got
-        return buffer.view(stored.dtype).view(end - begin, stored.width)
+        return rows
 
     def close(self) -> None:
         for descriptor in self._open.values():
@@ -196,27 +199,27 @@ def _weight_files(folder: Path, module: str) -> list[Path]:
 def _header(file: Path, folder: Path) -> list[Stored]:
     """The tensors of a safetensors file; that it is whole is checked by its own library."""
     try:
-        with safe_open(file, framework="pt"):
+        with safe_open(file, framework="np"):
             pass
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
+        if unknown := {facts["dtype"] for facts in header.values()} - set(TYPES):
+            raise _damaged(file, f"number type {min(unknown)}")
         return [
             Stored(
                 file,
                 file.relative_to(folder),
                 key,
                 8 + length + facts["data_offsets"][0],
-                DTYPES[facts["dtype"]],
+                facts["dtype"],
                 tuple(facts["shape"]),
             )
             for key, facts in header.items()
         ]
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
-    except KeyError as error:
-        raise _damaged(file, f"number type {error}") from None
 
 
 def _json(file: Path, key: str | None = None) -> Any:

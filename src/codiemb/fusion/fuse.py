@@ -12,14 +12,13 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from codiemb.config import Granularity, Method, Norm, Weighting
 from codiemb.errors import ConfigError
@@ -27,6 +26,7 @@ from codiemb.files import publish, require_folder, sha256, told_of_full_disk, wr
 from codiemb.fusion.alike import copy_rest, opened, write_indexes
 from codiemb.fusion.folder import Weights
 from codiemb.fusion.merge import Linear, Rule, Tiles, merge
+from codiemb.fusion.weights import layer_of
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def fuse(
     weighting: Weighting = "proportional",
     temperature: float = 1.0,
     scale: float = 1.0,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     by_run: bool = False,
     parameters: dict[str, Any] | None = None,
     force: bool = False,
@@ -85,7 +85,8 @@ def fuse(
         weighting: of `delta`: `proportional`, `inverse`, `softmax`.
         temperature: of `softmax`, above 0.
         scale: how far to go from the base (0) to the merged weights (1), or beyond; of `delta`, `uniform`, `weighted`.
-        weights: of `weighted`, one for each checkpoint, with a sum above 0; they are divided by it.
+        weights: of `weighted`, one for each checkpoint, with a sum above 0, by which they are divided; or such a list
+            for each layer, by the names that `codiemb fuse --inspect` shows.
         by_run: of `delta`: weights within each run (the folder that a checkpoint is in), then across runs.
         parameters: of mergekit's methods, as its documentation names them.
         force: merge checkpoints of other prompts, pooling or tokenizer; `fusion.json` says what differed.
@@ -101,7 +102,7 @@ def fuse(
     if linear:  # in an order of their own, so that the order they are named in does not matter
         order = sorted(range(len(folders)), key=lambda place: str(folders[place].resolve()))
         folders = [folders[place] for place in order]
-        weights = [weights[place] for place in order] if weights else None
+        given = _given(method, len(folders), weights, order)
     with opened([first, *(folder for folder in folders if folder != first)], base, force) as (
         models,
         of_base,
@@ -111,7 +112,9 @@ def fuse(
         rule: Rule
         if linear:
             runs = _by_run(folders) if by_run else []
-            rule = Linear(granularity, norm, weighting, temperature, scale, _given(method, len(folders), weights), runs)
+            rule = Linear(granularity, norm, weighting, temperature, scale, given, runs)
+            if isinstance(given, Mapping):
+                _require_layers(given, parents[0])
             settings: dict[str, Any] = {"scale": scale}
             if method == "delta":
                 settings |= {"granularity": granularity, "norm": norm, "weighting": weighting, "by_run": by_run}
@@ -123,8 +126,6 @@ def fuse(
         with (
             _hashes({base: of_base, **dict(zip(folders, parents, strict=True))}) as hashes,
             _unfinished(out) as unfinished,
-            torch.inference_mode(),
-            _one_thread(),
         ):
             lengths = merge(parents, of_base, rule, unfinished)
             facts = {
@@ -142,7 +143,7 @@ def fuse(
                 shutil.copy2(base / "config.json", unfinished)
             write_indexes(parents[0], unfinished)
             write_whole(unfinished / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-            write_whole(unfinished / "README.md", _card(out, facts))
+            write_whole(unfinished / "README.md", card(out, facts))
             if out.exists():
                 out.rmdir()
             publish(unfinished, out)
@@ -164,20 +165,21 @@ class Mergekit:
     def weigh(self, tensor: Tiles) -> None:
         pass
 
-    def merge(self, tensor: Tiles, weighed: None, parts: list[Tensor], base: Tensor | None) -> Tensor:
+    def merge(self, tensor: Tiles, weighed: None, parts: list[np.ndarray], base: np.ndarray | None) -> np.ndarray:
+        import torch
         from mergekit.merge_methods import BasePolicy, get, merge_state_dicts
 
         if base is None:
-            return torch.stack(parts).mean(dim=0)
+            return np.mean(parts, axis=0)
         takes_base = get(self.method).spec.contract.base != BasePolicy.IGNORED
-        states: dict[Any, Any] = {place: {"x": part} for place, part in enumerate(parts)}
+        states: dict[Any, Any] = {place: {"x": torch.from_numpy(part)} for place, part in enumerate(parts)}
         if takes_base and self.method != "slerp":
-            states["base"] = {"x": base}
+            states["base"] = {"x": torch.from_numpy(base)}
         origin = None if not takes_base else 0 if self.method == "slerp" else "base"
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:4], "little"))
             try:
-                return merge_state_dicts(states, self.method, base=origin, parameters=self.parameters)["x"]
+                return merge_state_dicts(states, self.method, base=origin, parameters=self.parameters)["x"].numpy()
             except (ValueError, TypeError, RuntimeError) as error:
                 raise ConfigError(f"method {self.method}", got=str(error).splitlines()[0]) from None
 
@@ -189,7 +191,7 @@ def require_settings(
     norm: str = "l2",
     weighting: str = "proportional",
     temperature: float = 1.0,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
     **others: Any,
 ) -> None:
     """Refuses settings of `fuse` that do not go together.
@@ -216,15 +218,17 @@ def require_settings(
         raise ConfigError(
             "weights", got=weights or "none", expected="weights for the method weighted, and for no other"
         )
-    if weights is not None and (len(weights) != len(folders) or not sum(weights) > 0):
-        raise ConfigError(
-            "weights", got=list(weights), expected=f"{len(folders)} numbers, one a checkpoint, sum above 0"
-        )
+    lists = [] if weights is None else [*weights.values()] if isinstance(weights, Mapping) else [weights]
+    for given in lists:
+        if len(given) != len(folders) or not sum(given) > 0:
+            raise ConfigError(
+                "weights", got=list(given), expected=f"{len(folders)} numbers, one a checkpoint, sum above 0"
+            )
     if method in MERGEKIT:
         require_mergekit()
 
 
-def require_base(base: Path, method: str) -> None:
+def require_base(base: Path, methods: Sequence[str]) -> None:
     """Refuses at once what a fusion at the end of a run would be refused for.
 
     Raises:
@@ -232,7 +236,7 @@ def require_base(base: Path, method: str) -> None:
         ConfigError: a method whose library is not installed.
     """
     Weights(base).close()
-    if method in MERGEKIT:
+    if set(methods) & set(MERGEKIT):
         require_mergekit()
 
 
@@ -251,12 +255,29 @@ def require_empty(out: Path) -> None:
         raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
 
 
-def _given(method: str, models: int, weights: Sequence[float] | None) -> list[float] | None:
+def _given(
+    method: str, models: int, weights: Sequence[float] | Mapping[str, Sequence[float]] | None, order: list[int]
+) -> list[float] | dict[str, list[float]] | None:
+    """The weights that are not to be found, in another order of the models, with the sum 1."""
     if method == "delta":
         return None
     if weights is None:
         return [1 / models] * models
-    return [weight / sum(weights) for weight in weights]
+    if isinstance(weights, Mapping):
+        return {layer: [of_layer[place] / sum(of_layer) for place in order] for layer, of_layer in weights.items()}
+    return [weights[place] / sum(weights) for place in order]
+
+
+def _require_layers(given: Mapping[str, Sequence[float]], model: Weights) -> None:
+    layers = layers_of(model)
+    if set(given) != set(layers):
+        raise ConfigError("weights", got=f"those of {', '.join(given)}", expected=f"those of {', '.join(layers)}")
+
+
+def layers_of(model: Weights) -> list[str]:
+    """The layers of a model that can be merged with weights of their own."""
+    floating = [name for name, stored in model.stored.items() if stored.is_floating_point]
+    return list(dict.fromkeys(map(layer_of, floating)))
 
 
 def _by_run(folders: list[Path]) -> list[list[int]]:
@@ -290,18 +311,8 @@ def _unfinished(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Tensors are merged side by side, each by one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _card(out: Path, facts: dict[str, Any]) -> str:
+def card(out: Path, facts: dict[str, Any]) -> str:
+    """The README of a merged model, from what `fusion.json` says."""
     parents = "\n".join(f"- {parent['path']}" for parent in facts["parents"])
     head = {
         "library_name": "sentence-transformers",

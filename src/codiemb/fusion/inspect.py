@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from codiemb.files import require_folder, write_whole
 from codiemb.fusion.alike import opened
 from codiemb.fusion.fuse import require_settings
 from codiemb.fusion.merge import THREADS, Tiles, tensors_of
+from codiemb.fusion.weights import layer_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Moves:
     """
 
     name: str
-    products: torch.Tensor
+    products: np.ndarray
     conflicts: float
     base: float
 
     def facts(self) -> dict[str, Any]:
         """`moved`: length of each delta; `relative`: over that of the base; `cosines` between deltas."""
-        lengths = self.products.diagonal().sqrt()
-        cosines = self.products / (lengths[:, None] * lengths).clamp(min=1e-30)
+        lengths = np.sqrt(self.products.diagonal())
+        cosines = self.products / np.maximum(lengths[:, None] * lengths, 1e-30)
         return {
             "name": self.name,
             "moved": lengths.tolist(),
@@ -57,12 +57,12 @@ def moves(checkpoints: Sequence[Path], base: Path) -> tuple[list[Moves], list[Mo
     with opened(checkpoints, base, force=True) as (parents, of_base, _):
         tensors = tensors_of(list(parents.values()), of_base)
         known = [tensor for tensor in tensors.values() if tensor.base is not None]
-        with torch.inference_mode(), ThreadPoolExecutor(THREADS) as threads:
+        with ThreadPoolExecutor(THREADS) as threads:
             sums = list(threads.map(_sums, known))
-    layers: dict[str, list[torch.Tensor]] = {}
+    layers: dict[str, list[np.ndarray]] = {}
     for tensor, found in zip(known, sums, strict=True):
-        layers.setdefault(layer(tensor.name), []).append(found)
-    by_layer = [_moves(name, torch.stack(parts).sum(dim=0)) for name, parts in layers.items()]
+        layers.setdefault(layer_of(tensor.name), []).append(found)
+    by_layer = [_moves(name, np.sum(parts, axis=0)) for name, parts in layers.items()]
     return by_layer, [_moves(tensor.name, found) for tensor, found in zip(known, sums, strict=True)]
 
 
@@ -122,28 +122,22 @@ def _figure(content: dict[str, Any]) -> str:
     )
 
 
-def layer(name: str) -> str:
-    """The group a tensor belongs to: `layer 3`, or what comes before its own name."""
-    number = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", name)
-    return f"layer {number[1]}" if number else name.rpartition(".")[0].partition(".")[0] or name
-
-
-def _sums(tensor: Tiles) -> torch.Tensor:
+def _sums(tensor: Tiles) -> np.ndarray:
     """Inner products [model * model], then size in conflict, size in all, squared length of the base."""
     models = len(tensor.parents)
-    sums = torch.zeros(models * models + 3, dtype=torch.float64)
+    sums = np.zeros(models * models + 3)
     for _, parts, base in tensor:
         assert base is not None
-        deltas = torch.stack(parts).flatten(1) - base.flatten()
-        sums[: models * models] += (deltas @ deltas.T).flatten()
-        size = deltas.abs()
-        sums[-3] += size[deltas * deltas.sum(dim=0) < 0].sum()
+        deltas = np.stack(parts).reshape(models, -1) - base.reshape(-1)
+        sums[: models * models] += (deltas @ deltas.T).reshape(-1)
+        size = np.abs(deltas)
+        sums[-3] += size[deltas * deltas.sum(axis=0) < 0].sum()
         sums[-2] += size.sum()
-        sums[-1] += base.square().sum()
+        sums[-1] += np.square(base).sum()
     return sums
 
 
-def _moves(name: str, sums: torch.Tensor) -> Moves:
+def _moves(name: str, sums: np.ndarray) -> Moves:
     models = round((len(sums) - 3) ** 0.5)
-    conflict = (sums[-3] / sums[-2]).item() if sums[-2] > 0 else 0.0
-    return Moves(name, sums[: models * models].view(models, models), conflict, sums[-1].item())
+    conflict = float(sums[-3] / sums[-2]) if sums[-2] > 0 else 0.0
+    return Moves(name, sums[: models * models].reshape(models, models), conflict, float(sums[-1]))

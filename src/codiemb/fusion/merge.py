@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError
-from codiemb.fusion.folder import NAMES, Stored, Weights
-from codiemb.fusion.weights import finished, norm_of_parts, of_elements, weights_of
+from codiemb.fusion.folder import Stored, Weights
+from codiemb.fusion.numbers import narrowed, wider
+from codiemb.fusion.weights import finished, layer_of, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 18  # elements worked on at once
 THREADS = min(8, os.cpu_count() or 1)  # each holds a tile of every model
@@ -47,14 +47,14 @@ class Tiles:
     like: Stored
     whole: bool = False
 
-    def __iter__(self) -> Iterator[tuple[int, list[Tensor], Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[int, list[np.ndarray], np.ndarray | None]]:
         """First row, the models' rows and the base's, as [row, width] in a type one wider than what is stored."""
         step = max(1, self.like.rows if self.whole else TILE // max(1, self.like.width))
         for begin in range(0, self.like.rows, step):
             end = min(begin + step, self.like.rows)
-            wide = torch.float32 if self.like.dtype.itemsize == 2 else torch.float64
-            parts = [parent.read(self.name, begin, end).to(wide) for parent in self.parents]
-            yield begin, parts, None if self.base is None else self.base.read(self.name, begin, end).to(wide)
+            wide = wider(self.like.dtype)
+            parts = [parent.read(self.name, begin, end, wide) for parent in self.parents]
+            yield begin, parts, None if self.base is None else self.base.read(self.name, begin, end, wide)
 
 
 class Rule(Protocol):
@@ -74,8 +74,8 @@ class Rule(Protocol):
     def weigh(self, tensor: Tiles) -> Any:
         """What `merge` needs to know of a tensor as a whole."""
 
-    def merge(self, tensor: Tiles, weighed: Any, parts: list[Tensor], base: Tensor | None) -> Tensor:
-        """The rows of the result."""
+    def merge(self, tensor: Tiles, weighed: Any, parts: list[np.ndarray], base: np.ndarray | None) -> np.ndarray:
+        """The rows of the result; those of `parts` may be used up."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Linear:
     """theta = theta_0 + scale * sum_k w_k (theta_k - theta_0), with weights given or delta-guided.
 
     Attributes:
-        given: the weights of all tensors; None: delta-guided.
+        given: the weights of all tensors, or by layer (`layer_of`); None: delta-guided.
         groups: by group the places of its models; weights are found within each group, then across groups.
     """
 
@@ -92,7 +92,7 @@ class Linear:
     weighting: Weighting = "proportional"
     temperature: float = 1.0
     scale: float = 1.0
-    given: Sequence[float] | None = None
+    given: Sequence[float] | Mapping[str, Sequence[float]] | None = None
     groups: Sequence[Sequence[int]] = ()
     whole: bool = False
     summary: dict[str, Any] = field(default_factory=dict)
@@ -104,19 +104,21 @@ class Linear:
                 raise CheckpointError("base", got="none of the checkpoints' tensors", expected="their base model")
             elements = sum(tensor.like.rows * tensor.like.width for tensor in known)
 
-            def norms(mixes: Tensor) -> Tensor:
-                with ThreadPoolExecutor(THREADS) as threads:
+            def norms(mixes: np.ndarray) -> np.ndarray:
+                with _threads(THREADS) as threads:
                     parts = list(threads.map(lambda tensor: self._sums(tensor, mixes), known))
-                return finished(torch.stack(parts).sum(dim=0), self.norm, elements)
+                return finished(np.stack(parts).sum(axis=0), self.norm, elements)
 
             self.given = self._guided(norms, len(known[0].parents)).tolist()
-        if self.given is not None:
+        if isinstance(self.given, Mapping):
+            self.summary = dict(self.given)
+        elif self.given is not None:
             self.summary = {"model": list(self.given)}
 
     def weigh(self, tensor: Tiles) -> list[float] | None:
         """Weights of a whole tensor; None where they differ by row or element. What the base lacks is averaged."""
         if self.given is not None:
-            return list(self.given)
+            return list(self.given[layer_of(tensor.name)] if isinstance(self.given, Mapping) else self.given)
         models = len(tensor.parents)
         if tensor.base is None:
             weights = [1 / models] * models
@@ -130,49 +132,52 @@ class Linear:
         self.summary[tensor.name] = weights
         return weights
 
-    def merge(self, tensor: Tiles, weighed: list[float] | None, parts: list[Tensor], base: Tensor | None) -> Tensor:
+    def merge(
+        self, tensor: Tiles, weighed: list[float] | None, parts: list[np.ndarray], base: np.ndarray | None
+    ) -> np.ndarray:
         weights: Any = weighed
         if weights is None:
             assert base is not None
-            deltas = torch.stack(parts) - base
+            deltas = np.stack([part - base for part in parts])
 
-            def norms(mixes: Tensor) -> Tensor:
-                mixed = deltas if mixes.dim() == 2 else (mixes * deltas).sum(dim=1)
+            def norms(mixes: np.ndarray) -> np.ndarray:
+                mixed = deltas if mixes.ndim == 2 else (mixes * deltas).sum(axis=1, dtype=deltas.dtype)
                 if self.granularity == "element":
                     return of_elements(mixed, self.norm)
-                rows = torch.stack([norm_of_parts(delta, self.norm, rows=True) for delta in mixed])
-                return finished(rows, self.norm, tensor.like.width).unsqueeze(-1)
+                rows = np.stack([norm_of_parts(delta, self.norm, rows=True) for delta in mixed])
+                return finished(rows, self.norm, tensor.like.width)[..., None]
 
             weights = self._guided(norms, len(parts))
         total = None
         for weight, part in zip(weights, parts, strict=True):
-            if isinstance(weight, Tensor) or weight:  # adding 0 would turn a -0 around
-                total = weight * part if total is None else total.add_(weight * part)
+            if isinstance(weight, np.ndarray) or weight:  # adding 0 would turn a -0 around
+                part *= weight
+                total = part if total is None else np.add(total, part, out=total)
         assert total is not None
         return total if base is None or self.scale == 1 else base + self.scale * (total - base)
 
-    def _guided(self, norms: Callable[[Tensor], Tensor], models: int) -> Float[Tensor, "model ..."]:
+    def _guided(self, norms: Callable[[np.ndarray], np.ndarray], models: int) -> Float[np.ndarray, "model ..."]:
         """Weights from `norms`, which takes mixes of deltas, [mix, model, ...], and gives [mix, ...]."""
-        each = norms(torch.eye(models, dtype=torch.float64))
+        each = norms(np.eye(models))
         groups = self.groups or [list(range(models))]
-        within = torch.zeros_like(each.unsqueeze(0).expand(len(groups), *each.shape))
+        within = np.zeros((len(groups), *each.shape), each.dtype)
         for number, group in enumerate(groups):
             within[number, group] = weights_of(each[group], self.weighting, self.temperature)
         if len(groups) == 1:
             return within[0]
         across = weights_of(norms(within), self.weighting, self.temperature)
-        return (across.unsqueeze(1) * within).sum(dim=0)
+        return (across[:, None] * within).sum(axis=0)
 
-    def _sums(self, tensor: Tiles, mixes: Float[Tensor, "mix model"]) -> Float[Tensor, " mix"]:
+    def _sums(self, tensor: Tiles, mixes: Float[np.ndarray, "mix model"]) -> Float[np.ndarray, " mix"]:
         """What `finished` makes the norm of each mix of the deltas of."""
-        sums = torch.zeros(len(mixes), dtype=torch.float64)
+        sums = np.zeros(len(mixes))
         for _, parts, base in tensor:
             assert base is not None
-            deltas = [part.sub_(base) for part in parts]
+            deltas = [np.subtract(part, base, out=part) for part in parts]
             for place, mix in enumerate(mixes.tolist()):
                 used = [(weight, delta) for weight, delta in zip(mix, deltas, strict=True) if weight]
                 alone = len(used) == 1 and used[0][0] == 1
-                mixed = used[0][1] if alone else torch.stack([weight * delta for weight, delta in used]).sum(dim=0)
+                mixed = used[0][1] if alone else np.stack([weight * delta for weight, delta in used]).sum(axis=0)
                 sums[place] += norm_of_parts(mixed, self.norm, rows=False).item()
         return sums
 
@@ -204,10 +209,15 @@ def merge(parents: Sequence[Weights], base: Weights, rule: Rule, out: Path) -> d
         keys = {name: parents[0].stored[name].key for name in names}
         places = _write_header(written, {keys[name]: _like(base, parents[0], name) for name in names})
         # A method that sees whole tensors would hold one of every model in each thread.
-        with written.open("r+b") as opened, ThreadPoolExecutor(1 if rule.whole else THREADS) as pool:
+        with written.open("r+b") as opened, _threads(1 if rule.whole else THREADS) as pool:
             write = partial(_write_tensor, tensors, parents[0], rule, opened.fileno())
             lengths += list(pool.map(write, names, [places[keys[name]] for name in names]))
     return {"delta_length": sum(lengths) ** 0.5}
+
+
+def _threads(number: int) -> ThreadPoolExecutor:
+    """Threads in which NumPy does not warn of inf and nan, which are told by name in the end."""
+    return ThreadPoolExecutor(number, initializer=np.seterr, initargs=(None, None, "ignore", None, "ignore"))
 
 
 def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -> dict[str, Tiles]:
@@ -215,7 +225,7 @@ def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -
     return {
         name: Tiles(name, parents, base if name in base.stored else None, _like(base, parents[0], name), whole)
         for name, stored in parents[0].stored.items()
-        if stored.dtype.is_floating_point
+        if stored.is_floating_point
     }
 
 
@@ -226,24 +236,24 @@ def _write_tensor(
     or from 0 where the base has none."""
     squared = 0.0
     if name not in tensors:
-        _write(descriptor, first.read(name, 0, first.stored[name].rows), place)
+        _write(descriptor, first.bytes_of(name), place)
         return squared
     tensor = tensors[name]
     weighed = rule.weigh(tensor)
     for begin, parts, base in tensor:
         merged = rule.merge(tensor, weighed, parts, base)
-        squared += (merged if base is None else merged - base).square().sum().item()
+        squared += np.square(merged if base is None else merged - base).sum().item()
         if not math.isfinite(squared):
             _refuse_not_finite(tensor, begin, len(merged))
-        row = tensor.like.width * tensor.like.dtype.itemsize
-        _write(descriptor, merged.to(tensor.like.dtype), place + begin * row)
+        row = tensor.like.width * tensor.like.itemsize
+        _write(descriptor, narrowed(merged, tensor.like.dtype), place + begin * row)
     return squared
 
 
 def _refuse_not_finite(tensor: Tiles, begin: int, rows: int) -> None:
     """Says which model has the nan or inf that the merged rows have."""
     for model in [*tensor.parents, *([tensor.base] if tensor.base else [])]:
-        if not bool(torch.isfinite(model.read(tensor.name, begin, begin + rows)).all()):
+        if not np.isfinite(model.read(tensor.name, begin, begin + rows, wider(tensor.like.dtype))).all():
             raise CheckpointError(
                 f"checkpoint {model.folder}, tensor {tensor.name}",
                 got="nan or inf",
@@ -263,9 +273,9 @@ def _write_header(file: Path, tensors: dict[str, Stored]) -> dict[str, int]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
     for key, stored in tensors.items():
-        begins[key], end = end, end + stored.rows * stored.width * stored.dtype.itemsize
+        begins[key], end = end, end + stored.rows * stored.width * stored.itemsize
         header[key] = {
-            "dtype": NAMES[stored.dtype],
+            "dtype": stored.dtype,
             "shape": list(stored.shape),
             "data_offsets": [begins[key], end],
         }
@@ -277,8 +287,8 @@ def _write_header(file: Path, tensors: dict[str, Stored]) -> dict[str, int]:
     return {key: 8 + len(text) + begin for key, begin in begins.items()}
 
 
-def _write(descriptor: int, rows: Tensor, place: int) -> None:
-    view: Any = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
+def _write(descriptor: int, rows: np.ndarray, place: int) -> None:
+    view: Any = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     while len(view):
         done = os.pwrite(descriptor, view, place)
         view, place = view[done:], place + done

@@ -9,21 +9,26 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import numpy as np
+from scipy.special import softmax
+
 from codiemb.errors import ConfigError
 from codiemb.files import write_whole
 from codiemb.fusion.alike import opened
-from codiemb.fusion.fuse import fuse, require_empty, require_settings
+from codiemb.fusion.fuse import fuse, layers_of, require_empty, require_settings
 
 logger = logging.getLogger(__name__)
 
 Score = Callable[[Path], dict[str, float]]  # a model folder -> by task the mean over its data sets
-Way = Literal["greedy", "grid"]
+Way = Literal["greedy", "grid", "layers"]
+_SCALE_STEP = 0.4  # a step of the search changes the scale by about a fifth
 GRID: tuple[dict[str, Any], ...] = (
     {"method": "uniform"},
     {"method": "uniform", "scale": 0.7},
@@ -46,6 +51,11 @@ class Trial:
     def score(self) -> float:
         return mean(self.scores.values())
 
+    def told(self) -> str:
+        """The settings in a line."""
+        settings = {key: "by layer" if isinstance(value, dict) else value for key, value in self.settings.items()}
+        return ", ".join(f"{key} {value}" for key, value in settings.items()) or "alone"
+
 
 class Search:
     """Tries fusions of some checkpoints.
@@ -65,8 +75,8 @@ class Search:
     def __init__(self, checkpoints: Sequence[Path], base: Path, out: Path, score: Score, force: bool = False) -> None:
         require_empty(out)
         require_settings(checkpoints)
-        with opened(checkpoints, base, force):
-            pass
+        with opened(checkpoints, base, force) as (parents, _, _):
+            self.layers = layers_of(parents[checkpoints[0]])
         self.checkpoints, self.base, self.out, self.score, self.force = list(checkpoints), base, out, score, force
         self.trials: list[Trial] = []
 
@@ -103,25 +113,35 @@ class Search:
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / "trials.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**asdict(trial), "score": trial.score}) + "\n")
-        logger.info(f"trial {len(self.trials)}, score {100 * trial.score:.2f}: {settings or checkpoints[0]}")
+        what = trial.told() if settings else f"{checkpoints[0]} alone"
+        logger.info(f"trial {len(self.trials)}, score {100 * trial.score:.2f}: {what}")
         return trial
 
 
-def best(search: Search, way: Way | None, settings: dict[str, Any]) -> str:
+def best(search: Search, way: Way | None, settings: dict[str, Any], trials: int = 50) -> str:
     """Tries each checkpoint alone and what `way` says, keeps the best of all; returns a table of the trials.
 
     Args:
-        way: `greedy`: greedy soup; `grid`: `GRID`; None: the one fusion of `settings`.
+        way: `greedy`: greedy soup; `grid`: `GRID`; `layers`: weights by layer, found by CMA-ES; None: the one fusion
+            of `settings`.
+        trials: of `layers`, rounded up to whole generations.
     """
-    if way != "greedy":
-        for tried in GRID if way == "grid" else (settings,):
-            require_settings(search.checkpoints, **{**settings, **tried})
+    if settings and way in ("greedy", "layers"):
+        raise ConfigError(f"--search {way}", got=", ".join(settings), expected="no settings of a fusion beside it")
+    if way == "layers":
+        require_cma()
+    if trials < 1:
+        raise ConfigError("--trials", got=trials, expected="at least 1")
+    grid = {"greedy": [], "layers": [], "grid": [settings | point for point in GRID], None: [settings]}[way]
+    for point in grid:
+        require_settings(search.checkpoints, **point)
     alone = [search.alone(checkpoint) for checkpoint in search.checkpoints]
+    for point in grid:
+        search.fused(search.checkpoints, point)
     if way == "greedy":
         greedy_soup(search, alone)
-    else:
-        for tried in GRID if way == "grid" else (settings,):
-            search.fused(search.checkpoints, {**settings, **tried})
+    elif way == "layers":
+        by_layer(search, trials)
     chosen = max(search.trials, key=lambda trial: trial.score)
     return f"{_table(search.trials, chosen)}\n\nmodel {search.keep(chosen)}"
 
@@ -134,6 +154,39 @@ def greedy_soup(search: Search, alone: Sequence[Trial]) -> Trial:
         more = search.fused([Path(path) for path in [*soup.checkpoints, *trial.checkpoints]], {"method": "uniform"})
         soup = max(soup, more, key=lambda tried: tried.score)
     return soup
+
+
+def by_layer(search: Search, trials: int) -> None:
+    """CMA-ES (Hansen, 2016) over the weights of each layer and one scale, from the uniform average on.
+
+    A point of its space holds for each layer the logits of the checkpoints' weights, which are their softmax, and last
+    the logarithm of the scale.
+    """
+    cma = require_cma()
+    layers, models = search.layers, len(search.checkpoints)
+
+    def settings(point: Any) -> dict[str, Any]:
+        weights = softmax(point[:-1].reshape(len(layers), models), axis=1)
+        scale = float(np.exp(_SCALE_STEP * point[-1]))
+        return {"method": "weighted", "weights": dict(zip(layers, weights.tolist(), strict=True)), "scale": scale}
+
+    start = np.zeros(len(layers) * models + 1)
+    strategy = cma.CMAEvolutionStrategy(start, 0.5, {"seed": 1, "verbose": -9})
+    for _ in range(-(-trials // strategy.popsize)):
+        points = strategy.ask()
+        strategy.tell(points, [-search.fused(search.checkpoints, settings(point)).score for point in points])
+
+
+def require_cma() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it could not draw plots
+            import cma
+        return cma
+    except ImportError:
+        raise ConfigError(
+            "--search layers", got="no cma", expected="the extra merge", fix="pip install 'codiemb[merge]'"
+        ) from None
 
 
 def pareto(search: Search, steps: int = 11) -> str:
@@ -187,10 +240,9 @@ def _table(trials: Sequence[Trial], chosen: Trial) -> str:
     tasks = list(trials[0].scores)
     rows = [f"| checkpoints and settings | {' | '.join(tasks)} | mean |", f"|---|{'---:|' * (len(tasks) + 1)}"]
     for trial in trials:
-        settings = ", ".join(f"{key} {value}" for key, value in trial.settings.items()) or "alone"
         names = ", ".join("/".join(Path(path).parts[-2:]) for path in trial.checkpoints)
         scores = " | ".join(f"{100 * value:.2f}" for value in (*trial.scores.values(), trial.score))
-        rows.append(f"| {names}: {settings}{' **(chosen)**' * (trial is chosen)} | {scores} |")
+        rows.append(f"| {names}: {trial.told()}{' **(chosen)**' * (trial is chosen)} | {scores} |")
     return "\n".join(rows)
 
 

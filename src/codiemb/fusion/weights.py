@@ -11,16 +11,23 @@ of it (one output of a linear layer, one token of an embedding) or a single elem
 
 from __future__ import annotations
 
-import torch
+import re
+
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 from codiemb.config import Norm, Weighting
 
 
+def layer_of(name: str) -> str:
+    """The layer a tensor belongs to: `layer 3`, or what comes before its own name, such as `embeddings`."""
+    number = re.search(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.", name)
+    return f"layer {number[1]}" if number else name.rpartition(".")[0].partition(".")[0] or name
+
+
 def weights_of(
-    norms: Float[Tensor, "model ..."], weighting: Weighting, temperature: float = 1.0
-) -> Float[Tensor, "model ..."]:
+    norms: Float[np.ndarray, "model ..."], weighting: Weighting, temperature: float = 1.0
+) -> Float[np.ndarray, "model ..."]:
     """Weights that sum to 1 over the models, at every place.
 
     Args:
@@ -32,27 +39,29 @@ def weights_of(
     the limit.
     """
     if weighting == "softmax":
-        return torch.softmax(norms / temperature, dim=0)
-    if weighting == "inverse":
+        norms = np.exp((norms - norms.max(axis=0)) / temperature)
+    elif weighting == "inverse":
         still = norms == 0
-        norms = torch.where(still.any(dim=0), still.to(norms.dtype), 1 / norms)
-    total = norms.sum(dim=0)
-    return torch.where(total > 0, norms / total, 1 / len(norms))
+        with np.errstate(divide="ignore"):
+            norms = np.where(still.any(axis=0), still, 1 / norms).astype(norms.dtype)
+    total = norms.sum(axis=0)
+    moved = total > 0
+    return np.where(moved, norms / np.where(moved, total, 1), 1 / len(norms)).astype(norms.dtype)
 
 
-def norm_of_parts(part: Float[Tensor, "row width"], norm: Norm, rows: bool) -> Float[Tensor, " row"]:
+def norm_of_parts(part: Float[np.ndarray, "row width"], norm: Norm, rows: bool) -> Float[np.ndarray, " row"]:
     """What of a norm a tile gives, to be added to that of others: sums of |x| or x^2, by row or in all (one number)."""
-    size = part.abs() if norm == "l1" else part.square()
-    return size.sum(dim=1) if rows else size.sum().reshape(1)
+    size = np.abs(part) if norm == "l1" else np.square(part)
+    return size.sum(axis=1) if rows else size.sum().reshape(1)
 
 
-def finished(parts: Tensor, norm: Norm, elements: int) -> Tensor:
+def finished(parts: np.ndarray, norm: Norm, elements: int) -> np.ndarray:
     """The norm from the sum of all its parts over `elements` numbers."""
     if norm == "l2":
-        return parts.sqrt()
+        return np.sqrt(parts)
     return parts / elements if norm == "mean_square" else parts
 
 
-def of_elements(deltas: Float[Tensor, "model row width"], norm: Norm) -> Float[Tensor, "model row width"]:
+def of_elements(deltas: Float[np.ndarray, "model row width"], norm: Norm) -> Float[np.ndarray, "model row width"]:
     """The norm of every element by itself."""
-    return deltas.square() if norm == "mean_square" else deltas.abs()
+    return np.square(deltas) if norm == "mean_square" else np.abs(deltas)

@@ -23,11 +23,11 @@ from codiemb.training.checkpoint import Checkpoint
 from codiemb.versions import versions
 
 # Where things lie; what they hold is compared instead.
-_PLACES = ("data_root", "output_dir", "model.base", "evaluation.suite")
+_PLACES = ("data_root", "output_dir", "model.base", "evaluation.suite", "fusion.suite")
 # What a run may change when it goes on, because the trained weights do not depend on it.
 _FREE = (
     "evaluation.",
-    "fusion.",
+    "fusion",
     *(
         f"train.{name}"
         for name in (

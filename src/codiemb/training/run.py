@@ -33,11 +33,12 @@ from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, 
 from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
-from codiemb.fusion.fuse import fuse, require_base
+from codiemb.fusion.fuse import require_base
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed, facts_of, require_same_run
+from codiemb.training.merging import Results, averaged_encoder, merge_run
 from codiemb.training.sharding import loading_whole, require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
@@ -45,7 +46,6 @@ from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
 
-Results = dict[str, dict[str, float]]
 RUN_FILES = (
     "config.yaml",
     "plan.json",
@@ -67,6 +67,7 @@ class Prepared:
     records: dict[str, Records]
     plan: Plan
     suite: list[Source]
+    dev: list[Source]
     report: Report
 
 
@@ -74,14 +75,14 @@ class Prepared:
 class TrainResult:
     """Where the model is, and metrics by data set before and after (empty without a suite).
 
-    `fused` holds the metrics of the model that the run's checkpoints were merged into, None without one.
+    `fused` holds by method the metrics of what the run's checkpoints were merged into.
     """
 
     model: Path
     base: Results
     trained: Results
     suite: list[Source]
-    fused: Results | None = None
+    fused: dict[str, Results]
 
 
 def prepare(config: Config, device: str | None = None) -> Prepared:
@@ -95,12 +96,13 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
         if TASKS[source.source.task].shape == "pairs" and len(source) < 2:
             raise DataError(f"source {name!r}", got="one pair", expected="at least two, to be put in order")
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
-    require_readable(suite)
+    dev = load_suite(config.fusion.suite, config.data_root) if config.fusion and config.fusion.suite else []
+    require_readable([*suite, *dev])
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
     _require_fitting(config, encoder)
     if config.fusion:
-        require_base(folder_of(config.model.base), config.fusion.method)
+        require_base(folder_of(config.model.base), config.fusion.methods)
     training_arguments(config, encoder.device)  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
@@ -110,7 +112,8 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
         return np.array([len(ids) for ids in encoded["input_ids"]])
 
     kept = {role: max_length(encoder, role) for role in ROLES}
-    return Prepared(config, encoder, records, plan, suite, check(config, records, plan, count_tokens, kept, suite))
+    report = check(config, records, plan, count_tokens, kept, suite)
+    return Prepared(config, encoder, records, plan, suite, dev, report)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -168,34 +171,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
                 f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps, and no more came"
             )
         encoder = _trained_encoder(trainer, run / WRITING)
+        averaged = averaged_encoder(encoder, trainer.ema)
         merge_adapters(encoder)
         if rank() == 0:
-            save_encoder(encoder, run / WRITING)
+            save_encoder(encoder, run / WRITING / "model")
         trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
         if rank() == 0:
-            write_card(run / WRITING, prepared.config, prepared.report, base, trained, suite)
-            publish(run / WRITING, run / "model")
+            write_card(run / WRITING / "model", prepared.config, prepared.report, base, trained, suite)
+            publish(run / WRITING / "model", run / "model")
         barrier()
-        fused = _fuse(trainer, config, suite) if config.fusion else None
+        fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
+        on_first(lambda: clean(run))
     return TrainResult(run / "model", base, trained, suite, fused)
-
-
-def _fuse(trainer: JointTrainer, config: Config, suite: list[Source]) -> Results | None:
-    """Merges the checkpoints of the run into fused/<method> and scores that."""
-    assert config.fusion is not None
-    settings, run = config.fusion.model_dump(exclude={"checkpoints"}), Path(config.output_dir)
-    newest_first = on_first(lambda: checkpoints(run))
-    chosen = newest_first if config.fusion.checkpoints == "all" else newest_first[: config.fusion.checkpoints]
-    if len(chosen) < 2:
-        logger.info(f"nothing to fuse: {run} has {len(chosen)} checkpoint(s)")
-        return None
-    out = run / "fused" / config.fusion.method
-    on_first(lambda: fuse(chosen, folder_of(config.model.base), out, **settings) and None)
-    barrier()
-    logger.info(f"fused {len(chosen)} checkpoints into {out}")
-    with loading_whole(trainer.args):
-        encoder = open_model(str(out), dtype=torch.float32)
-    return _evaluate(encoder, suite, run / "eval" / config.fusion.method, "of the fused model")
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
@@ -232,22 +219,21 @@ def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
 
 
 def results_table(result: TrainResult) -> str:
-    """Before and after by data set, in points of 0 to 100, as Markdown."""
-    fused = result.fused or {}
-    lines = [f"| data set | metric | before | after | difference |{' fused |' if fused else ''}"]
-    lines.append(f"|---|---|---:|---:|---:|{'---:|' if fused else ''}")
+    """Before and after by data set, in points of 0 to 100, as Markdown; a column for each merge of checkpoints."""
+    models = [result.base, result.trained, *result.fused.values()]
+    lines = ["| " + " | ".join(["data set", "metric", "before", "after", "difference", *result.fused]) + " |"]
+    lines.append("|---|---|" + "---:|" * (3 + len(result.fused)))
 
-    def line(name: str, metric: str, before: float, after: float, merged: float | None) -> str:
-        end = "" if merged is None else f" {100 * merged:.2f} |"
-        return f"| {name} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |{end}"
+    def line(name: str, metric: str, values: list[float]) -> str:
+        before, after, *merged = (100 * value for value in values)
+        cells = [f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", *(f"{value:.2f}" for value in merged)]
+        return "| " + " | ".join([name, metric, *cells]) + " |"
 
     for source in result.suite:
         metric = HEADLINE[source.task]
-        base, trained = result.base[source.name][metric], result.trained[source.name][metric]
-        lines.append(line(source.name, metric, base, trained, fused[source.name][metric] if fused else None))
-    before, after = average(result.base, result.suite), average(result.trained, result.suite)
-    merged = average(fused, result.suite) if fused else {}
-    lines += [line(f"**mean {task}**", HEADLINE[task], before[task], after[task], merged.get(task)) for task in before]
+        lines.append(line(source.name, metric, [model[source.name][metric] for model in models]))
+    means = [average(model, result.suite) for model in models]
+    lines += [line(f"**mean {task}**", HEADLINE[task], [mean[task] for mean in means]) for task in means[0]]
     return "\n".join(lines)
 
 

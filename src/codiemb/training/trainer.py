@@ -25,6 +25,7 @@ from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import attention_dropout, bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import checkpoint
+from codiemb.training.ema import Ema
 from codiemb.training.facts import environment_of
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
@@ -74,7 +75,10 @@ class JointTrainer(Trainer):
         packed = packs(encoder, arguments.bf16, attention_dropout(encoder))
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens, packed)
         self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)
-        super().__init__(model=self.joint, args=arguments, callbacks=[_SettingsOfNow(), self.step_log, *callbacks])
+        averages = config.fusion is not None and "ema" in config.fusion.methods and rank() == 0
+        self.ema = Ema(encoder, config.fusion.ema_decay) if config.fusion and averages else None
+        ours = [_SettingsOfNow(), self.step_log, *([self.ema] if self.ema else [])]
+        super().__init__(model=self.joint, args=arguments, callbacks=[*ours, *callbacks])
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)  # the log has its own bar
@@ -130,6 +134,8 @@ class JointTrainer(Trainer):
         if self.joint.balance is not None:
             means = {name: mean.tolist() for name, mean in self.joint.balance.means.items()}
             (folder / BALANCE_FILE).write_text(json.dumps(means, indent=2) + "\n", encoding="utf-8")
+        if self.ema is not None:
+            self.ema.save(folder)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Written under a temporary name, sealed, then renamed: see `codiemb.training.checkpoint`."""
@@ -166,6 +172,8 @@ class JointTrainer(Trainer):
         if checkpoint is not None and self.joint.balance is not None:
             content = json.loads((Path(checkpoint) / BALANCE_FILE).read_text(encoding="utf-8"))
             self.joint.balance.means = {name: torch.tensor(mean) for name, mean in content.items()}
+        if checkpoint is not None and self.ema is not None:
+            self.ema.load(Path(checkpoint))
 
 
 def training_arguments(config: Config, device: torch.device) -> TrainingArguments:

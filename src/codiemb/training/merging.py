@@ -1,0 +1,141 @@
+"""The end of a run with a `fusion` section: its checkpoints merged, the merges scored, the best kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+
+from codiemb.config import Config, Fusion, Source
+from codiemb.distributed import barrier, on_first
+from codiemb.encoder.adapters import merge_adapters
+from codiemb.encoder.location import folder_of
+from codiemb.encoder.model import open_model, save_encoder
+from codiemb.evaluation.suite import average, evaluate_suite
+from codiemb.files import publish, write_whole
+from codiemb.fusion.fuse import card, fuse
+from codiemb.training.checkpoint import WRITING, checkpoints
+from codiemb.training.ema import Ema
+from codiemb.training.sharding import loading_whole
+from codiemb.versions import versions
+
+logger = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+
+
+def merge_run(
+    config: Config,
+    arguments: Any,
+    encoder: SentenceTransformer,
+    averaged: SentenceTransformer | None,
+    suite: list[Source],
+    dev: list[Source],
+) -> dict[str, Results]:
+    """Merges the checkpoints of the run into fused/<method> and scores each merge on the suite.
+
+    With a dev suite the models are compared on it, the trained one among them; fused/choice.json says how they
+    scored, and of the merges only the best stays.
+
+    Args:
+        encoder: the trained model.
+        averaged: with the mean weights of the run, for the method `ema`.
+        dev: data sets to choose on; empty: all merges stay.
+
+    Returns:
+        Metrics on the suite by method.
+    """
+    assert config.fusion is not None
+    settings, run = config.fusion, Path(config.output_dir)
+    made = on_first(lambda: _merges(config, settings, averaged))
+    barrier()
+    results, scores = {}, {"model": _means(encoder, dev)}
+    for method in made:
+        with loading_whole(arguments):
+            merged = open_model(str(run / "fused" / method), dtype=torch.float32)
+        if suite:
+            logger.info(f"evaluation of the merge {method}")
+        results[method] = evaluate_suite(merged, suite, run / "eval" / method)
+        scores[method] = _means(merged, dev)
+    if dev and made:
+        on_first(lambda: _choose(run, settings, scores))
+    return results
+
+
+def averaged_encoder(encoder: SentenceTransformer, ema: Ema | None) -> SentenceTransformer | None:
+    """A copy of the encoder with the mean weights of the run, adapters merged; None where no mean was kept."""
+    if ema is None:
+        return None
+    averaged = copy.deepcopy(encoder)
+    ema.put_into(averaged)
+    merge_adapters(averaged)
+    return averaged
+
+
+def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | None) -> list[str]:
+    """Writes every merge that is asked for; returns which."""
+    run, base = Path(config.output_dir), folder_of(config.model.base)
+    newest_first = checkpoints(run)
+    chosen = newest_first if settings.checkpoints == "all" else newest_first[: settings.checkpoints]
+    made: list[str] = []
+    for method in settings.methods:
+        out = run / "fused" / method
+        if method == "ema":
+            assert averaged is not None
+            _write_average(averaged, out, settings.ema_decay, config)
+            made.append(method)
+        elif len(chosen) < 2:
+            logger.info(f"method {method}: nothing to fuse, {run} has {len(chosen)} checkpoint(s)")
+        else:
+            of_delta = settings.model_dump(include={"granularity", "norm", "weighting", "temperature"})
+            linear = {"scale": settings.scale} | (of_delta if method == "delta" else {})
+            fuse(chosen, base, out, method=method, **(linear if method in ("delta", "uniform") else {}))
+            logger.info(f"fused {len(chosen)} checkpoints into {out}")
+            made.append(method)
+    return made
+
+
+def _write_average(averaged: SentenceTransformer, out: Path, decay: float, config: Config) -> None:
+    written = Path(config.output_dir) / WRITING / "ema"
+    save_encoder(averaged, written)
+    facts: dict[str, Any] = {
+        "method": "ema",
+        "decay": decay,
+        "base": {"path": config.model.base},
+        "parents": [{"path": config.output_dir}],
+        "versions": versions(),
+    }
+    write_whole(written / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_whole(written / "README.md", card(out, facts))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    publish(written, out)
+    logger.info(f"mean of the weights of all steps in {out}")
+
+
+def _means(encoder: SentenceTransformer, dev: list[Source]) -> dict[str, float]:
+    """By task the mean over the dev data sets."""
+    if not dev:
+        return {}
+    with tempfile.TemporaryDirectory() as out:
+        return average(evaluate_suite(encoder, dev, Path(out)), dev)
+
+
+def _choose(run: Path, settings: Fusion, scores: dict[str, dict[str, float]]) -> None:
+    """The highest mean over the tasks; at a tie what comes first, the trained model."""
+    chosen = max(scores, key=lambda name: mean(scores[name].values()))
+    for name in scores:
+        if name not in ("model", chosen):
+            shutil.rmtree(run / "fused" / name)
+    content = {"suite": settings.suite, "scores": scores, "chosen": chosen}
+    write_whole(run / "fused" / "choice.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    place = run / "model" if chosen == "model" else run / "fused" / chosen
+    told = ", ".join(f"{name} {100 * mean(found.values()):.2f}" for name, found in scores.items())
+    logger.info(f"on the dev suite: {told}; best: {place}")
