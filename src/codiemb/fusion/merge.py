@@ -26,7 +26,7 @@ from codiemb.fusion.folder import Stored, Weights
 from codiemb.fusion.numbers import narrowed, wider
 from codiemb.fusion.weights import finished, layer_of, norm_of_parts, of_elements, weights_of
 
-TILE = 1 << 18  # elements worked on at once
+TILE = 1 << 15  # elements worked on at once: what stays in a cache, and is not given back to the system each time
 THREADS = min(8, os.cpu_count() or 1)  # each holds a tile of every model
 
 
