@@ -238,9 +238,14 @@ def test_a_new_head_beside_adapters_is_averaged(base, tmp_path):
 
 
 def test_a_base_whose_names_have_a_prefix(base, three, tmp_path):
-    """As on the hub, saved from a model with a head."""
+    """As on the hub, saved from a model with a head, with TensorFlow's names for the weights of layer norms."""
     prefixed = shutil.copytree(base, tmp_path / "prefixed")
-    weights = {f"bert.{name}": weight for name, weight in load_file(base / FILE).items()}
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    weights = {}
+    for name, weight in load_file(base / FILE).items():
+        new = next((ending for ending in old if name.endswith(ending)), "")
+        weights[f"bert.{name.removesuffix(new)}{old.get(new, '')}"] = weight
+    assert any(name.endswith("gamma") for name in weights)
     save_file(weights | {"cls.bias": torch.zeros(3)}, prefixed / FILE, {"format": "pt"})
     one, other = (arrays(fuse(three, start, tmp_path / start.name / "out").path) for start in (base, prefixed))
     assert all(np.array_equal(one[name], other[name]) for name in one)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from codiemb.fusion.numbers import FLOATING, TYPES, widened
 
 ADAPTERS = "adapter_model.safetensors"
 _OF_ADAPTERS = "base_model.model."
+_OLD_NAMES = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # of BERTs that were converted from TensorFlow
+_NEW_NAMES = {"gamma": "weight", "beta": "bias"}
 _NOT_PLAIN = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out")
 
 
@@ -81,7 +84,8 @@ class Weights:
             for file in _weight_files(folder, module):
                 self.files.append(file)
                 for stored in _header(file, folder):
-                    self.stored[f"{module}/{stored.key}" if number else stored.key] = stored
+                    name = _OLD_NAMES.sub(lambda old: _NEW_NAMES[old[1]], stored.key)
+                    self.stored[f"{module}/{name}" if number else name] = stored
         if (folder / modules[0] / ADAPTERS).is_file():
             self._read_adapters(folder / modules[0], Path(modules[0]))
         if not self.stored:
