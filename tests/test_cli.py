@@ -22,6 +22,7 @@ LIGHT = {
     "config": "import codiemb.config",
     "errors": "import codiemb.errors",
     "cli": "import codiemb.cli",
+    "fusion": "import codiemb.fusion.fuse, codiemb.fusion.inspect",
 }
 
 

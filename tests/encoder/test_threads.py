@@ -63,6 +63,21 @@ def test_outputs_and_gradients_are_those_of_one_after_the_other(encoder, monkeyp
     assert not any(module.sparse for module in encoder.modules() if isinstance(module, nn.Embedding))
 
 
+def test_bf16_reaches_every_thread_forward_and_backward(encoder, monkeypatch):
+    """Autocast holds for the thread that asks only; results in float32 in the others would be far from these."""
+    exact, exact_gradients = one_after_the_other(encoder, monkeypatch, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, expected_gradients = one_after_the_other(encoder, monkeypatch, False)
+        for cached in (0, 2):
+            found, gradients = outputs_and_gradients(encoder, cached=cached)
+            assert (found - expected).abs().max() < 0.1 * (exact - expected).abs().max()
+            for name, gradient in gradients.items():
+                # No farther from float32 than one after the other, which adds micro-batches in bf16.
+                exact_gradient = exact_gradients[name]
+                error = (expected_gradients[name] - exact_gradient).norm()
+                assert 0 < (gradient - exact_gradient).norm() <= 1.5 * error + 1e-3 * exact_gradient.norm(), name
+
+
 @pytest.mark.parametrize("cached", [1, 2, 100])
 @pytest.mark.parametrize("middle", [False, True])
 def test_what_is_not_kept_gives_the_same_bits_with_dropout(encoder, middle, cached):
