@@ -1,13 +1,13 @@
 """What merging gains on real data: every method on the checkpoints of recipes/real.yaml, several seeds.
 
-    python benchmarks/soups.py runs/real-data --out runs/soups [--seeds 42 43 44] [--collections stackfaq cranfield]
+    python benchmarks/soups.py runs/real-data --out runs/soups [--seeds 42 43 44] [--collections nq-sample stackfaq]
 
-runs/real-data is the folder that scripts/prepare_real_data.py made. Each seed trains once and leaves four checkpoints.
-Then, by seed: the last checkpoint, the mean of the weights over all steps (ema), merges of the four, the greedy soup
-chosen on dev, and for the delta-guided merges a control: the uniform average made as long as theirs. Across seeds:
-merges of the last checkpoints, and of all checkpoints by run. Each model is scored on the dev and test splits of
-`--collections` and of stsb, and on collections that nothing was trained on. Finished parts are kept, so that the same
-command goes on where it was cut off. Prints a table in Markdown, then one JSON line.
+runs/real-data is the folder that scripts/prepare_real_data.py made. Each seed trains once, on `--collections` and stsb,
+and leaves some checkpoints. Then, by seed: the last checkpoint, the mean of the weights over all steps (ema), merges of
+the checkpoints, the greedy soup chosen on dev, and for the delta-guided merges a control: the uniform average made as
+long as theirs. Across seeds: merges of the last checkpoints, and of all checkpoints by run. Each model is scored on the
+dev and test splits of what it was trained on, and on collections that nothing was trained on. Finished parts are kept,
+so that the same command goes on where it was cut off. Prints a table in Markdown, then one JSON line.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/soups"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--collections", nargs="+", default=["stackfaq", "cranfield", "climate-fever"])
+    parser.add_argument("--collections", nargs="+", default=["nq-sample", "stackfaq", "cranfield"])
     parser.add_argument("--untrained", nargs="+", default=["pubmedqa", "sts13", "sts15"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--train-only", action="store_true")
@@ -92,8 +92,10 @@ class Soups:
         if (run / "fused" / "ema").is_dir():
             return
         overrides = [f"data_root={self.arguments.data}", f"output_dir={run}", f"seed={seed}", "evaluation.suite=null"]
-        overrides += ["train.save_strategy=steps", "train.save_steps=32", "fusion={method: ema, ema_decay: 0.95}"]
-        train(load_config(RECIPES / "real.yaml", overrides), overwrite=True)
+        overrides += ["train.save_strategy=steps", "train.save_steps=20", "fusion={method: ema, ema_decay: 0.95}"]
+        config = load_config(RECIPES / "real.yaml", overrides)
+        config.data = [source for source in config.data if source.name in (*self.arguments.collections, "stsb")]
+        train(config, overwrite=True)
 
     def score_all(self) -> None:
         self.score("base", lambda folder: self.base)

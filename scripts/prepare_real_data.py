@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="bundled:all-MiniLM-L6-v2")
     parser.add_argument("--negatives", type=int, default=5, help="mined for each query")
+    parser.add_argument("--collections", nargs="+", choices=COLLECTIONS, default=COLLECTIONS)
     parser.add_argument("--max-length", type=int, default=128)
     arguments = parser.parse_args()
     encoder = open_model(locate(arguments.base))
@@ -40,7 +41,7 @@ def main() -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.exists():
             link.symlink_to((arguments.data_root / folder).resolve(), target_is_directory=True)
-    for name in COLLECTIONS:
+    for name in arguments.collections:
         target = arguments.out / "train" / f"{name}.jsonl"
         target.parent.mkdir(exist_ok=True)
         source = Source(
