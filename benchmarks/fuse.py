@@ -15,8 +15,10 @@ Prints one JSON line each, with medians and range.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,14 +156,26 @@ def in_turn(
                 forget(file)
             began = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            peak = 0
+            while process.poll() is None:
+                peak = max(peak, peak_of(process.pid))
+                time.sleep(0.01)
+            seconds = time.perf_counter() - began
             if process.returncode:
                 raise SystemExit(f"{' '.join(command)} failed")
-            runs[side].append((time.perf_counter() - began, usage.ru_maxrss * 1024 / 1e9))
+            runs[side].append((seconds, peak / 1e9))
             print(f"{side}: {runs[side][-1][0]:.1f} s, {runs[side][-1][1]:.2f} GB", file=sys.stderr, flush=True)
             shutil.rmtree(out) if out.is_dir() else out.unlink()
     return runs
+
+
+def peak_of(process: int) -> int:
+    """Bytes of memory that a process has held at most, so far; what it was started from does not count."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{process}/status").read_text()
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):
+            return 1024 * int(found[1])
+    return 0
 
 
 def forget(file: Path) -> None:
