@@ -126,6 +126,10 @@ def fuse(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None and value is not False}
     settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
+    if settings and (arguments.pareto or arguments.inspect):
+        raise ConfigError(f"--{next(iter(settings))}", got="a setting of a fusion", expected="none with this option")
+    if arguments.trials is not None and arguments.search != "layers":
+        raise ConfigError("--trials", got=arguments.trials, expected="none without --search layers")
     if arguments.suite or arguments.search or arguments.pareto:
         _search(arguments, checkpoints, base, out, settings)
         return
@@ -151,9 +155,9 @@ def _search(
     require_readable(suite)
     trials = search.Search(checkpoints, base, out, lambda folder: scores_of(folder, suite), arguments.force)
     if arguments.pareto:
-        print(search.pareto(trials))
+        print(search.pareto(trials, sorted({source.task for source in suite})))
     else:
-        print(search.best(trials, arguments.search, settings, arguments.trials))
+        print(search.best(trials, arguments.search, settings, arguments.trials or 50))
 
 
 def _parameter(text: str) -> tuple[str, float]:
@@ -237,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     ways = fused.add_mutually_exclusive_group()
     ways.add_argument("--search", choices=["greedy", "grid", "layers"], help="choose what scores best on --suite")
-    fused.add_argument("--trials", type=int, default=50, help="of --search layers (default: %(default)s)")
+    fused.add_argument("--trials", type=int, metavar="N", help="of --search layers (default: 50)")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
     return parser

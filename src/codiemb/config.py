@@ -268,6 +268,24 @@ class Fusion(Section):
             raise ValueError("expected another method, because a run has no weights to give: use codiemb fuse")
         return value
 
+    @model_validator(mode="after")
+    def _settings_of_these_methods(self) -> Fusion:
+        methods = set(self.methods)
+        users = {
+            **{name: {"delta"} for name in ("granularity", "norm", "weighting", "temperature")},
+            "scale": {"delta", "uniform"},
+            "ema_decay": {"ema"},
+        }
+        for name, used_by in users.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and not methods & used_by:
+                raise ValueError(
+                    f"{name}: got {value}, expected none without the method {' or '.join(sorted(used_by))}"
+                )
+        if "slerp" in methods and self.checkpoints != 2:
+            raise ValueError(f"checkpoints: got {self.checkpoints}, expected 2, because slerp merges two")
+        return self
+
 
 class Config(Section):
     data_root: str | None = None

@@ -115,8 +115,8 @@ def test_delta_is_the_formula(base, three, tmp_path, granularity, norm, weightin
         granularity=granularity,
         norm=norm,
         weighting=weighting,
-        temperature=temperature,
         by_run=by_run,
+        **({"temperature": temperature} if weighting == "softmax" else {}),
     ).path
     groups = [[0, 1], [2]] if by_run else [[0, 1, 2]]
     expected = by_formula(base, three, granularity, norm, weighting, temperature, groups)

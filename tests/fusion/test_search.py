@@ -84,7 +84,10 @@ def test_pareto_walks_between_two_experts(checkpoints, tiny_model_folder, tmp_pa
         return {"retrieval": 1 - (value / 5) ** 3, "similarity": 1 - (1 - value / 5) ** 3}
 
     out = tmp_path / "out"
-    told = pareto(Search([checkpoints[0], checkpoints[2], checkpoints[1]], tiny_model_folder, out, score))
+    told = pareto(
+        Search([checkpoints[0], checkpoints[2], checkpoints[1]], tiny_model_folder, out, score),
+        ["retrieval", "similarity"],
+    )
     content = json.loads((out / "pareto.json").read_text())
     assert len(content["points"]) == 12
     assert content["points"][content["knee"]]["settings"]["weights"] == pytest.approx([0.5, 0.5])
@@ -95,7 +98,8 @@ def test_pareto_walks_between_two_experts(checkpoints, tiny_model_folder, tmp_pa
 
 def test_pareto_needs_two_tasks(checkpoints, tiny_model_folder, tmp_path):
     with pytest.raises(ConfigError, match="--suite: got data sets of retrieval alone"):
-        pareto(Search(checkpoints[:2], tiny_model_folder, tmp_path / "out", near(1)), steps=2)
+        pareto(Search(checkpoints[:2], tiny_model_folder, tmp_path / "out", near(1)), ["retrieval"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_holds_files_is_refused(checkpoints, tiny_model_folder, tmp_path):

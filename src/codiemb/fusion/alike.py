@@ -14,13 +14,9 @@ import numpy as np
 from codiemb.errors import CheckpointError
 from codiemb.files import write_whole
 from codiemb.fusion.folder import Stored, Weights
+from codiemb.fusion.layout import read_json, rest_of
+from codiemb.fusion.weights import layer_of
 
-# Of a checkpoint, not of a model.
-_LEFT_OUT = (
-    *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.distcp", "*.onnx", "*.h5", "*.msgpack"),
-    *("adapter_config.json", "README.md", "manifest.json", "trainer_state.json", "balance.json", "fusion.json"),
-    *("latest", "openvino_model.*", "*.partial"),
-)
 # Keys of JSON files that may differ: who wrote them, and what a tokenizer was last asked for.
 _MAY_DIFFER = {"__version__", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "truncation", "padding"}
 
@@ -35,11 +31,10 @@ def opened(
         CheckpointError: they cannot be merged; or, without `force`, they read texts in different ways.
     """
     with contextlib.ExitStack() as stack:
-        of_base = Weights(base)
-        stack.callback(of_base.close)
-        parents = {folder: Weights(folder, of_base) for folder in folders}
-        for parent in parents.values():
-            stack.callback(parent.close)
+        of_base = stack.enter_context(contextlib.closing(Weights(base)))
+        parents = {}
+        for folder in folders:
+            parents[folder] = stack.enter_context(contextlib.closing(Weights(folder, of_base)))
         of_base.without_prefix(parents[folders[0]].stored)
         require_alike(list(parents.values()), of_base)
         differences = [difference for folder in folders[1:] for difference in _differences(folders[0], folder)]
@@ -54,41 +49,34 @@ def opened(
 
 
 def _differences(one: Path, other: Path) -> list[str]:
-    """Settings of tokenizer, modules, pooling, prompts and lengths in which two folders differ."""
-    files = {
-        file.relative_to(folder)
-        for folder in (one, other)
-        for file in folder.rglob("*.json")
-        if not any(file.match(pattern) for pattern in _LEFT_OUT)
-    }
+    """Settings of tokenizer, modules, pooling, prompts and lengths in which two folders differ, and vocabularies."""
     found = []
-    for file in sorted(files):
-        before, after = (_settings(folder / file) for folder in (one, other))
-        if keys := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
-            found.append(f"{other / file}, {', '.join(keys[:3])}")
+    for file in sorted({*rest_of(one), *rest_of(other)}):
+        if file.suffix == ".json":
+            before, after = (_settings(folder / file) for folder in (one, other))
+            if keys := [key for key in {**before, **after} if before.get(key) != after.get(key)]:
+                found.append(f"{other / file}, {', '.join(keys[:3])}")
+        elif file.suffix in (".txt", ".model") and _bytes(one / file) != _bytes(other / file):
+            found.append(str(other / file))
     return found
 
 
 def _settings(file: Path) -> dict[str, Any]:
     """What a JSON file says about how texts are read; nothing if it is not there."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"file {file}", got=error, expected="a readable JSON file", fix="copy it again") from None
+    content = read_json(file) if file.exists() else {}
     known = content if isinstance(content, dict) else {"content": content}
     return {key: value for key, value in known.items() if key not in _MAY_DIFFER}
 
 
+def _bytes(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
 def copy_rest(folder: Path, out: Path) -> None:
     """All that a model folder holds beside its weights."""
-    for file in sorted(folder.rglob("*")):
-        place = file.relative_to(folder)
-        hidden = any(part.startswith((".", "checkpoint-")) for part in place.parts)
-        if file.is_file() and not hidden and not any(place.match(pattern) for pattern in _LEFT_OUT):
-            (out / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, out / place)
+    for place in list(rest_of(folder)):
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(folder / place, out / place)
 
 
 def write_indexes(model: Weights, out: Path) -> None:
@@ -122,17 +110,27 @@ def require_alike(parents: list[Weights], base: Weights) -> None:
                     got="other whole numbers",
                     expected=f"those of {first.folder}, because they cannot be averaged",
                 )
-    modules = {name.rpartition("/")[0] for name in base.stored}
+    known = {_part(name) for name in base.stored}
     for name, stored in first.stored.items():
-        of_base = base.stored[name].shape if name in base.stored else None
-        new_module = name.rpartition("/")[0] not in modules
-        if stored.is_floating_point and of_base != stored.shape and not new_module:
+        of_base = base.stored.get(name)
+        new = _part(name) not in known and not layer_of(name).startswith("layer ")
+        if of_base is None and (new or not stored.is_floating_point):
+            continue  # a head or pooler that the base has nothing of, or a buffer
+        if of_base is not None and not (of_base.is_floating_point or stored.is_floating_point):
+            continue  # the checkpoints' own is kept
+        if of_base is None or (of_base.shape, of_base.is_floating_point) != (stored.shape, stored.is_floating_point):
             raise CheckpointError(
                 f"base {base.folder}, tensor {name}",
-                got=_shape(of_base),
-                expected=f"{_shape(stored.shape)}, as in {first.folder}",
+                got=_shape(None if of_base is None else of_base.shape),
+                expected=f"{_shape(stored.shape)}, {stored.dtype}, as in {first.folder}",
                 fix="give the model that the checkpoints were trained from",
             )
+
+
+def _part(name: str) -> str:
+    """Of a tensor's name the module and what comes first in it, such as `pooler`."""
+    module, _, within = name.rpartition("/")
+    return f"{module}/{within.partition('.')[0]}"
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

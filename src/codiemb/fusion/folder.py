@@ -19,9 +19,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from codiemb.errors import CheckpointError
+from codiemb.fusion.layout import ADAPTERS, modules_of, no_weights, read_json, weight_files
 from codiemb.fusion.numbers import FLOATING, TYPES, widened
 
-ADAPTERS = "adapter_model.safetensors"
 _OF_ADAPTERS = "base_model.model."
 _OLD_NAMES = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")  # of BERTs that were converted from TensorFlow
 _NEW_NAMES = {"gamma": "weight", "beta": "bias"}
@@ -79,9 +79,9 @@ class Weights:
         self._lora: dict[str, tuple[Stored, Stored]] = {}
         self._scaling = 0.0
         self._base = base
-        modules = _modules(folder)
+        modules = modules_of(folder)
         for number, module in enumerate(modules):
-            for file in _weight_files(folder, module):
+            for file in weight_files(folder, module):
                 self.files.append(file)
                 for stored in _header(file, folder):
                     name = _OLD_NAMES.sub(lambda old: _NEW_NAMES[old[1]], stored.key)
@@ -89,8 +89,13 @@ class Weights:
         if (folder / modules[0] / ADAPTERS).is_file():
             self._read_adapters(folder / modules[0], Path(modules[0]))
         if not self.stored:
-            raise _no_weights(folder)
-        self._open = {file: os.open(file, os.O_RDONLY) for file in self.files}
+            raise no_weights(folder)
+        try:
+            for file in self.files:
+                self._open[file] = os.open(file, os.O_RDONLY)
+        except OSError as error:
+            self.close()
+            raise CheckpointError(f"checkpoint {folder}", got=error, expected="files that can be opened") from None
 
     @property
     def has_adapters(self) -> bool:
@@ -144,15 +149,17 @@ class Weights:
 
     def _read_adapters(self, module: Path, place: Path) -> None:
         """Replaces the names of LoRA's matrices by those of the weights they are added to."""
-        base, config = self._base, _json(module / "adapter_config.json")
+        base, config = self._base, read_json(module / "adapter_config.json")
         adapters = {
             name.removeprefix(_OF_ADAPTERS): self.stored.pop(name)
             for name in list(self.stored)
             if name.startswith(_OF_ADAPTERS)
         }
-        plain = config.get("peft_type") == "LORA" and not any(config.get(setting) for setting in _NOT_PLAIN)
-        downs = {name.removesuffix(".lora_A.weight") for name in adapters if name.endswith(".lora_A.weight")}
-        if not plain or base is None or len(adapters) != 2 * len(downs):
+        downs, ups = (
+            {name.removesuffix(end) for name in adapters if name.endswith(end)}
+            for end in (".lora_A.weight", ".lora_B.weight")
+        )
+        if not _plain(config) or downs != ups or base is None or len(adapters) != 2 * len(downs):
             raise CheckpointError(
                 f"checkpoint {self.folder}",
                 got="adapters that are not plain LoRA on linear layers",
@@ -160,6 +167,7 @@ class Weights:
                 fix="merge the adapters into their model first (docs/training.md, LoRA)",
             )
         self._scaling = config["lora_alpha"] / config["r"]
+        base.without_prefix(f"{target}.weight" for target in downs)
         of_base = {name: replace(stored, place=place / stored.place.name) for name, stored in base.stored.items()}
         self.stored = of_base | self.stored
         for target in downs:
@@ -169,35 +177,24 @@ class Weights:
                     f"checkpoint {self.folder}", got=f"an adapter of {name}", expected=f"a tensor of {base.folder}"
                 )
             down, up = adapters[f"{target}.lora_A.weight"], adapters[f"{target}.lora_B.weight"]
-            if (up.rows, down.width) != (base.stored[name].rows, base.stored[name].width):
+            wanted = (base.stored[name].rows, down.rows, base.stored[name].width)
+            if (up.rows, up.width, down.width) != wanted:
                 raise CheckpointError(
                     f"checkpoint {self.folder}, adapter of {name}",
-                    got=f"{up.rows} x {down.width}",
-                    expected=f"{list(base.stored[name].shape)}, as in {base.folder}",
+                    got=f"{list(up.shape)} and {list(down.shape)}",
+                    expected=f"a product of {list(base.stored[name].shape)}, as in {base.folder}",
                 )
             self._lora[name] = (down, up)
 
 
-def _modules(folder: Path) -> list[str]:
-    """Folders of the modules of a SentenceTransformer; a folder of transformers is one."""
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"checkpoint {folder}", got="no such folder", expected="a model folder", fix="check the path"
-        )
-    if not (folder / "modules.json").is_file():
-        return [""]
-    return [str(module["path"]) for module in _json(folder / "modules.json")]
-
-
-def _weight_files(folder: Path, module: str) -> list[Path]:
-    place = folder / module
-    if files := [file for name in ("model.safetensors", ADAPTERS) if (file := place / name).is_file()]:
-        return files
-    if (index := place / "model.safetensors.index.json").is_file():
-        return [place / name for name in sorted(set(_json(index, "weight_map").values()))]
-    if any(place.glob("*.bin")):
-        raise _no_weights(place)
-    return []
+def _plain(config: Any) -> bool:
+    """Whether adapters are matrices that are multiplied, scaled and added."""
+    return (
+        isinstance(config, dict)
+        and config.get("peft_type") == "LORA"
+        and not any(config.get(setting) for setting in _NOT_PLAIN)
+        and all(isinstance(config.get(setting), int | float) and config[setting] > 0 for setting in ("r", "lora_alpha"))
+    )
 
 
 def _header(file: Path, folder: Path) -> list[Stored]:
@@ -210,7 +207,7 @@ def _header(file: Path, folder: Path) -> list[Stored]:
             header = json.loads(opened.read(length))
         header.pop("__metadata__", None)
         if unknown := {facts["dtype"] for facts in header.values()} - set(TYPES):
-            raise _damaged(file, f"number type {min(unknown)}")
+            raise CheckpointError(f"file {file}", got=f"number type {min(unknown)}", expected=", ".join(TYPES))
         return [
             Stored(
                 file,
@@ -226,31 +223,7 @@ def _header(file: Path, folder: Path) -> list[Stored]:
         raise _damaged(file, str(error)) from None
 
 
-def _json(file: Path, key: str | None = None) -> Any:
-    """The content of a JSON file, or what stands under `key` in it."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return content if key is None else content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        got = f"no {error}" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"file {file}", got=got, expected="a readable JSON file", fix="copy it again") from None
-
-
 def _damaged(file: Path, got: str) -> CheckpointError:
     return CheckpointError(
         f"file {file}", got=got, expected="a whole safetensors file", fix="download or copy it again"
-    )
-
-
-def _no_weights(folder: Path) -> CheckpointError:
-    pickled = next((file for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(f"*model{pattern}")), None)
-    if pickled is None:
-        return CheckpointError(
-            f"checkpoint {folder}", got="no safetensors", expected="a model folder", fix="check the path"
-        )
-    return CheckpointError(
-        f"file {pickled}",
-        got="pickled weights, which can run any code when they are opened",
-        expected="model.safetensors",
-        fix="convert a model you trust: SentenceTransformer(folder).save(other_folder)",
     )

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from codiemb.errors import ConfigError
 from codiemb.files import publish, require_folder, sha256, told_of_full_disk, write_whole
 from codiemb.fusion.alike import copy_rest, opened, write_indexes
 from codiemb.fusion.folder import Weights
+from codiemb.fusion.layout import modules_of
 from codiemb.fusion.merge import Linear, Rule, Tiles, merge
 from codiemb.fusion.weights import layer_of
 from codiemb.versions import versions
@@ -96,7 +98,18 @@ def fuse(
         CheckpointError: folders that cannot be merged, or no room on the disk.
     """
     folders, base, out = [Path(checkpoint) for checkpoint in checkpoints], Path(base), Path(out).resolve()
-    require_settings(folders, method, granularity, norm, weighting, temperature, weights)
+    require_settings(
+        folders,
+        method=method,
+        granularity=granularity,
+        norm=norm,
+        weighting=weighting,
+        temperature=temperature,
+        scale=scale,
+        weights=weights,
+        by_run=by_run,
+        parameters=parameters,
+    )
     require_empty(out)
     first, linear = folders[0], method not in MERGEKIT
     if linear:  # in an order of their own, so that the order they are named in does not matter
@@ -122,7 +135,6 @@ def fuse(
         else:
             settings = {**MERGEKIT[method][1], **(parameters or {})}
             rule = Mergekit(MERGEKIT[method][0], settings)
-        out.parent.mkdir(parents=True, exist_ok=True)
         with (
             _hashes({base: of_base, **dict(zip(folders, parents, strict=True))}) as hashes,
             _unfinished(out) as unfinished,
@@ -139,8 +151,8 @@ def fuse(
                 "versions": versions(),
             }
             copy_rest(first, unfinished)
-            if parents[0].has_adapters and not (unfinished / "config.json").exists():
-                shutil.copy2(base / "config.json", unfinished)
+            if models[first].has_adapters:
+                _copy_config(base, first, unfinished)
             write_indexes(parents[0], unfinished)
             write_whole(unfinished / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
             write_whole(unfinished / "README.md", card(out, facts))
@@ -184,40 +196,60 @@ class Mergekit:
                 raise ConfigError(f"method {self.method}", got=str(error).splitlines()[0]) from None
 
 
-def require_settings(
-    checkpoints: Sequence[str | Path],
-    method: str = "delta",
-    granularity: str = "tensor",
-    norm: str = "l2",
-    weighting: str = "proportional",
-    temperature: float = 1.0,
-    weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
-    **others: Any,
-) -> None:
-    """Refuses settings of `fuse` that do not go together.
+_DEFAULTS: dict[str, Any] = {
+    "granularity": "tensor",
+    "norm": "l2",
+    "weighting": "proportional",
+    "temperature": 1.0,
+    "scale": 1.0,
+    "weights": None,
+    "by_run": False,
+    "parameters": None,
+}
+
+
+def _used(method: str, weighting: str) -> set[str]:
+    """The settings that a method looks at."""
+    if method in MERGEKIT:
+        return {"parameters"}
+    if method == "delta":
+        used = {"granularity", "norm", "weighting", "scale", "by_run"}
+        return used | {"temperature"} if weighting == "softmax" else used
+    return {"scale", "weights"} if method == "weighted" else {"scale"}
+
+
+def require_settings(checkpoints: Sequence[str | Path], *, method: str = "delta", **settings: Any) -> None:
+    """Refuses settings of `fuse` that do not go together, or that the method would not look at.
 
     Raises:
         ConfigError: with what was expected.
     """
+    settings = _DEFAULTS | settings
     for name, value, known in (
         ("method", method, METHODS),
-        ("granularity", granularity, get_args(Granularity)),
-        ("norm", norm, get_args(Norm)),
-        ("weighting", weighting, get_args(Weighting)),
+        ("granularity", settings["granularity"], get_args(Granularity)),
+        ("norm", settings["norm"], get_args(Norm)),
+        ("weighting", settings["weighting"], get_args(Weighting)),
     ):
         if value not in known:
             raise ConfigError(name, got=repr(value), expected=f"one of {', '.join(known)}")
+    used = _used(method, settings["weighting"])
+    for name, value in settings.items():
+        if name not in used and value != _DEFAULTS[name]:
+            because = f"the method is {method}" if name != "temperature" or method != "delta" else "it is of softmax"
+            raise ConfigError(name, got=value, expected=f"none, because {because}")
     if len(checkpoints) < 2:
         raise ConfigError("checkpoints", got=len(checkpoints), expected="at least two")
+    if method == "slerp" and len(checkpoints) > 2:
+        raise ConfigError("checkpoints", got=len(checkpoints), expected="two, because the method is slerp")
     folders = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
         raise ConfigError("checkpoints", got=f"{twice[0]} twice", expected="each once")
-    if not temperature > 0:
-        raise ConfigError("temperature", got=temperature, expected="a number above 0")
-    if (weights is not None) != (method == "weighted"):
-        raise ConfigError(
-            "weights", got=weights or "none", expected="weights for the method weighted, and for no other"
-        )
+    if not settings["temperature"] > 0:
+        raise ConfigError("temperature", got=settings["temperature"], expected="a number above 0")
+    weights = settings["weights"]
+    if weights is None and method == "weighted":
+        raise ConfigError("weights", got="none", expected="one a checkpoint")
     lists = [] if weights is None else [*weights.values()] if isinstance(weights, Mapping) else [weights]
     for given in lists:
         if len(given) != len(folders) or not sum(given) > 0:
@@ -235,7 +267,8 @@ def require_base(base: Path, methods: Sequence[str]) -> None:
         CheckpointError: weights that cannot be read.
         ConfigError: a method whose library is not installed.
     """
-    Weights(base).close()
+    if set(methods) - {"ema"}:
+        Weights(base).close()
     if set(methods) & set(MERGEKIT):
         require_mergekit()
 
@@ -264,8 +297,8 @@ def _given(
     if weights is None:
         return [1 / models] * models
     if isinstance(weights, Mapping):
-        return {layer: [of_layer[place] / sum(of_layer) for place in order] for layer, of_layer in weights.items()}
-    return [weights[place] / sum(weights) for place in order]
+        return {layer: [given[place] / math.fsum(given) for place in order] for layer, given in weights.items()}
+    return [weights[place] / math.fsum(weights) for place in order]
 
 
 def _require_layers(given: Mapping[str, Sequence[float]], model: Weights) -> None:
@@ -294,21 +327,44 @@ def _hashes(models: dict[Path, Weights]) -> Iterator[Callable[[Path], dict[str, 
     def of(model: Weights) -> dict[str, str]:
         return {str(file.relative_to(model.folder)): sha256(file) for file in model.files}
 
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         jobs = {folder: thread.submit(of, model) for folder, model in models.items()}
         yield lambda folder: jobs[folder].result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Makes the folders that `out` is to be in, and takes those back that are empty in the end."""
+    made = [parent for parent in out.parents if not parent.exists()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 @contextlib.contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
     """A folder beside `out` to write into; gone afterwards, unless it was renamed."""
-    with told_of_full_disk(out, "free some disk"):
+    with told_of_full_disk(out, "free some disk"), _parents(out):
         folder = Path(tempfile.mkdtemp(prefix=f".writing-{out.name}-", dir=out.parent))
         folder.chmod(0o755)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy_config(base: Path, first: Path, out: Path) -> None:
+    """The architecture, which a folder of adapters does not say."""
+    of_first, of_base = (Path(modules_of(folder)[0]) / "config.json" for folder in (first, base))
+    if not (out / of_first).exists() and (base / of_base).exists():
+        shutil.copy2(base / of_base, out / of_first)
 
 
 def card(out: Path, facts: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from codiemb.files import require_folder, write_whole
 from codiemb.fusion.alike import opened
 from codiemb.fusion.fuse import require_settings
-from codiemb.fusion.merge import THREADS, Tiles, tensors_of
+from codiemb.fusion.merge import Tiles, refuse_not_finite, tensors_of, workers
 from codiemb.fusion.weights import layer_of
 
 
@@ -57,7 +56,7 @@ def moves(checkpoints: Sequence[Path], base: Path) -> tuple[list[Moves], list[Mo
     with opened(checkpoints, base, force=True) as (parents, of_base, _):
         tensors = tensors_of(list(parents.values()), of_base)
         known = [tensor for tensor in tensors.values() if tensor.base is not None]
-        with ThreadPoolExecutor(THREADS) as threads:
+        with workers() as threads:
             sums = list(threads.map(_sums, known))
     layers: dict[str, list[np.ndarray]] = {}
     for tensor, found in zip(known, sums, strict=True):
@@ -126,7 +125,7 @@ def _sums(tensor: Tiles) -> np.ndarray:
     """Inner products [model * model], then size in conflict, size in all, squared length of the base."""
     models = len(tensor.parents)
     sums = np.zeros(models * models + 3)
-    for _, parts, base in tensor:
+    for begin, parts, base in tensor:
         assert base is not None
         deltas = np.stack(parts).reshape(models, -1) - base.reshape(-1)
         sums[: models * models] += (deltas @ deltas.T).reshape(-1)
@@ -134,6 +133,8 @@ def _sums(tensor: Tiles) -> np.ndarray:
         sums[-3] += size[deltas * deltas.sum(axis=0) < 0].sum()
         sums[-2] += size.sum()
         sums[-1] += np.square(base).sum()
+        if not np.isfinite(sums).all():
+            refuse_not_finite(tensor, begin, len(base))
     return sums
 
 

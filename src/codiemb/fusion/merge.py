@@ -1,8 +1,8 @@
 """One model from several, tensor by tensor and tile by tile: memory does not grow with the models.
 
-Arithmetic is one type wider than what is stored (float32 for halves, float64 for float32), so that models that are
-equal come out as they went in, to the last bit, and so does a model whose weight is 1. Checkpoints are added in the
-order of their paths, so the order in which they are named does not matter.
+Arithmetic is one type wider than what is stored (float32 for halves, float64 for float32; for float64 there is none),
+so that models that are equal come out as they went in, to the last bit, and so does a model whose weight is 1.
+Checkpoints are added in the order of their paths, so the order in which they are named does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError
 from codiemb.fusion.folder import Stored, Weights
-from codiemb.fusion.numbers import narrowed, wider
+from codiemb.fusion.numbers import narrowed, widened, wider
 from codiemb.fusion.weights import finished, layer_of, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 15  # elements worked on at once: what stays in a cache, and is not given back to the system each time
@@ -105,23 +105,26 @@ class Linear:
             elements = sum(tensor.like.rows * tensor.like.width for tensor in known)
 
             def norms(mixes: np.ndarray) -> np.ndarray:
-                with _threads(THREADS) as threads:
+                with workers() as threads:
                     parts = list(threads.map(lambda tensor: self._sums(tensor, mixes), known))
                 return finished(np.stack(parts).sum(axis=0), self.norm, elements)
 
-            self.given = self._guided(norms, len(known[0].parents)).tolist()
+            self.summary = {"model": self._guided(norms, len(known[0].parents)).tolist()}
         if isinstance(self.given, Mapping):
             self.summary = dict(self.given)
         elif self.given is not None:
             self.summary = {"model": list(self.given)}
 
     def weigh(self, tensor: Tiles) -> list[float] | None:
-        """Weights of a whole tensor; None where they differ by row or element. What the base lacks is averaged."""
+        """Weights of a whole tensor; None where they differ by row or element. Where weights are found from the base,
+        what the base lacks is averaged."""
         if self.given is not None:
             return list(self.given[layer_of(tensor.name)] if isinstance(self.given, Mapping) else self.given)
         models = len(tensor.parents)
         if tensor.base is None:
             weights = [1 / models] * models
+        elif self.granularity == "model":
+            return list(self.summary["model"])
         elif self.granularity == "tensor":
             elements = tensor.like.rows * tensor.like.width
             weights = self._guided(
@@ -153,6 +156,8 @@ class Linear:
             if isinstance(weight, np.ndarray) or weight:  # adding 0 would turn a -0 around
                 part *= weight
                 total = part if total is None else np.add(total, part, out=total)
+            elif not np.isfinite(part).all():  # refused as anywhere else
+                return np.full_like(part, np.nan)
         assert total is not None
         return total if base is None or self.scale == 1 else base + self.scale * (total - base)
 
@@ -171,7 +176,7 @@ class Linear:
     def _sums(self, tensor: Tiles, mixes: Float[np.ndarray, "mix model"]) -> Float[np.ndarray, " mix"]:
         """What `finished` makes the norm of each mix of the deltas of."""
         sums = np.zeros(len(mixes))
-        for _, parts, base in tensor:
+        for begin, parts, base in tensor:
             assert base is not None
             deltas = [np.subtract(part, base, out=part) for part in parts]
             for place, mix in enumerate(mixes.tolist()):
@@ -179,6 +184,8 @@ class Linear:
                 alone = len(used) == 1 and used[0][0] == 1
                 mixed = used[0][1] if alone else np.stack([weight * delta for weight, delta in used]).sum(axis=0)
                 sums[place] += norm_of_parts(mixed, self.norm, rows=False).item()
+            if not np.isfinite(sums).all():
+                refuse_not_finite(tensor, begin, len(base))
         return sums
 
 
@@ -192,10 +199,10 @@ def merge(parents: Sequence[Weights], base: Weights, rule: Rule, out: Path) -> d
         out: an existing folder.
 
     Returns:
-        `delta_length`: the l2 distance of the result from the base.
+        `delta_length`: the l2 distance of what is written from the base, over the tensors that the base has.
 
     Raises:
-        CheckpointError: nan or inf in a tensor of a parent or of the base.
+        CheckpointError: nan or inf in a tensor of a parent or of the base, or where the result is rounded to it.
     """
     tensors = tensors_of(parents, base, rule.whole)
     rule.look(list(tensors.values()))
@@ -207,15 +214,16 @@ def merge(parents: Sequence[Weights], base: Weights, rule: Rule, out: Path) -> d
         written = out / place
         written.parent.mkdir(parents=True, exist_ok=True)
         keys = {name: parents[0].stored[name].key for name in names}
-        places = _write_header(written, {keys[name]: _like(base, parents[0], name) for name in names})
+        places = _write_header(written, {keys[name]: _like(base, parents[0].stored[name], name) for name in names})
         # A method that sees whole tensors would hold one of every model in each thread.
-        with written.open("r+b") as opened, _threads(1 if rule.whole else THREADS) as pool:
+        with written.open("r+b") as opened, workers(1 if rule.whole else THREADS) as pool:
             write = partial(_write_tensor, tensors, parents[0], rule, opened.fileno())
             lengths += list(pool.map(write, names, [places[keys[name]] for name in names]))
-    return {"delta_length": sum(lengths) ** 0.5}
+    rule.summary = {name: rule.summary[name] for name in sorted(rule.summary)}  # threads came in any order
+    return {"delta_length": math.sqrt(math.fsum(lengths))}
 
 
-def _threads(number: int) -> ThreadPoolExecutor:
+def workers(number: int = THREADS) -> ThreadPoolExecutor:
     """Threads in which NumPy does not warn of inf and nan, which are told by name in the end."""
     return ThreadPoolExecutor(number, initializer=np.seterr, initargs=(None, None, "ignore", None, "ignore"))
 
@@ -223,7 +231,7 @@ def _threads(number: int) -> ThreadPoolExecutor:
 def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -> dict[str, Tiles]:
     """The floating-point tensors of all models by name."""
     return {
-        name: Tiles(name, parents, base if name in base.stored else None, _like(base, parents[0], name), whole)
+        name: Tiles(name, parents, base if name in base.stored else None, _like(base, stored, name), whole)
         for name, stored in parents[0].stored.items()
         if stored.is_floating_point
     }
@@ -232,8 +240,7 @@ def tensors_of(parents: Sequence[Weights], base: Weights, whole: bool = False) -
 def _write_tensor(
     tensors: dict[str, Tiles], first: Weights, rule: Rule, descriptor: int, name: str, place: int
 ) -> float:
-    """Writes a tensor at its place, merged or, of whole numbers, as it is; returns its squared distance from the base,
-    or from 0 where the base has none."""
+    """Writes a tensor at its place, merged or, of whole numbers, as it is; returns its squared length from the base."""
     squared = 0.0
     if name not in tensors:
         _write(descriptor, first.bytes_of(name), place)
@@ -242,16 +249,22 @@ def _write_tensor(
     weighed = rule.weigh(tensor)
     for begin, parts, base in tensor:
         merged = rule.merge(tensor, weighed, parts, base)
-        squared += np.square(merged if base is None else merged - base).sum().item()
-        if not math.isfinite(squared):
-            _refuse_not_finite(tensor, begin, len(merged))
-        row = tensor.like.width * tensor.like.itemsize
-        _write(descriptor, narrowed(merged, tensor.like.dtype), place + begin * row)
+        rows = narrowed(merged, tensor.like.dtype)
+        written = widened(rows, tensor.like.dtype, merged.dtype)
+        length = np.square(written if base is None else written - base, dtype=np.float64).sum().item()
+        if not math.isfinite(length):
+            refuse_not_finite(tensor, begin, len(rows))
+        squared += 0.0 if base is None else length
+        _write(descriptor, rows, place + begin * tensor.like.width * tensor.like.itemsize)
     return squared
 
 
-def _refuse_not_finite(tensor: Tiles, begin: int, rows: int) -> None:
-    """Says which model has the nan or inf that the merged rows have."""
+def refuse_not_finite(tensor: Tiles, begin: int, rows: int) -> None:
+    """Says which model has the nan or inf that rows came out with.
+
+    Raises:
+        CheckpointError: always; if none has, the result is beyond its number type.
+    """
     for model in [*tensor.parents, *([tensor.base] if tensor.base else [])]:
         if not np.isfinite(model.read(tensor.name, begin, begin + rows, wider(tensor.like.dtype))).all():
             raise CheckpointError(
@@ -260,12 +273,14 @@ def _refuse_not_finite(tensor: Tiles, begin: int, rows: int) -> None:
                 expected="finite numbers",
                 fix="leave this checkpoint out",
             )
-    raise CheckpointError(f"tensor {tensor.name}", got="a sum beyond its number type", expected="a smaller scale")
+    raise CheckpointError(
+        f"tensor {tensor.name}", got=f"numbers beyond {tensor.like.dtype}", expected="a smaller scale or a wider base"
+    )
 
 
-def _like(base: Weights, parent: Weights, name: str) -> Stored:
-    """Shape and type of the result: those of the base where it has the tensor."""
-    return base.stored.get(name, parent.stored[name])
+def _like(base: Weights, stored: Stored, name: str) -> Stored:
+    """Shape and type of the result: of numbers that are merged those of the base where it has them."""
+    return base.stored.get(name, stored) if stored.is_floating_point else stored
 
 
 def _write_header(file: Path, tensors: dict[str, Stored]) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,7 +50,9 @@ class Trial:
 
     @property
     def score(self) -> float:
-        return mean(self.scores.values())
+        """The mean over the tasks; what could not be scored is worse than anything."""
+        found = mean(self.scores.values())
+        return -math.inf if math.isnan(found) else found
 
     def told(self) -> str:
         """The settings in a line."""
@@ -189,19 +192,23 @@ def require_cma() -> Any:
         ) from None
 
 
-def pareto(search: Search, steps: int = 11) -> str:
+def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
     """The way from the first checkpoint to the second in equal steps, any further checkpoint as a point beside it.
 
     Writes `pareto.json` and `pareto.svg` and keeps the knee of the front; returns a table.
+
+    Args:
+        tasks: those that the suite has data sets of.
+
+    Raises:
+        ConfigError: they are not two.
     """
+    if len(tasks) != 2:
+        raise ConfigError("--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity")
     one, other = search.checkpoints[:2]
     shares = [step / (steps - 1) for step in range(steps)]
     for share in shares:
-        first = search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
-        if len(tasks := list(first.scores)) != 2:
-            raise ConfigError(
-                "--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity"
-            )
+        search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
     for further in search.checkpoints[2:]:
         search.alone(further)
     points = [(trial.scores[tasks[0]], trial.scores[tasks[1]]) for trial in search.trials]
@@ -246,7 +253,7 @@ def _table(trials: Sequence[Trial], chosen: Trial) -> str:
     return "\n".join(rows)
 
 
-def _figure(tasks: list[str], points: Sequence[tuple[float, float]], best_of_all: list[int], at_knee: int) -> str:
+def _figure(tasks: Sequence[str], points: Sequence[tuple[float, float]], best_of_all: list[int], at_knee: int) -> str:
     """The front and all points, in points of 0 to 100."""
     xs, ys = ([100 * point[axis] for point in points] for axis in (0, 1))
     width, height = (max(values) - min(values) or 1.0 for values in (xs, ys))

@@ -38,15 +38,16 @@ def weights_of(
     Where no model moved, all count the same. With `inverse` those that did not move share the whole weight, which is
     the limit.
     """
+    norms = norms.astype(np.float64)
     if weighting == "softmax":
         norms = np.exp((norms - norms.max(axis=0)) / temperature)
     elif weighting == "inverse":
         still = norms == 0
         with np.errstate(divide="ignore"):
-            norms = np.where(still.any(axis=0), still, 1 / norms).astype(norms.dtype)
+            norms = np.where(still.any(axis=0), still, 1 / norms)
     total = norms.sum(axis=0)
     moved = total > 0
-    return np.where(moved, norms / np.where(moved, total, 1), 1 / len(norms)).astype(norms.dtype)
+    return np.where(moved, norms / np.where(moved, total, 1), 1 / len(norms))
 
 
 def norm_of_parts(part: Float[np.ndarray, "row width"], norm: Norm, rows: bool) -> Float[np.ndarray, " row"]:
@@ -64,4 +65,4 @@ def finished(parts: np.ndarray, norm: Norm, elements: int) -> np.ndarray:
 
 def of_elements(deltas: Float[np.ndarray, "model row width"], norm: Norm) -> Float[np.ndarray, "model row width"]:
     """The norm of every element by itself."""
-    return np.square(deltas) if norm == "mean_square" else np.abs(deltas)
+    return np.square(deltas, dtype=np.float64) if norm == "mean_square" else np.abs(deltas)

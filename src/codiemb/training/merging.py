@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -130,12 +131,13 @@ def _means(encoder: SentenceTransformer, dev: list[Source]) -> dict[str, float]:
 
 def _choose(run: Path, settings: Fusion, scores: dict[str, dict[str, float]]) -> None:
     """The highest mean over the tasks; at a tie what comes first, the trained model."""
-    chosen = max(scores, key=lambda name: mean(scores[name].values()))
+    means = {name: mean(found.values()) for name, found in scores.items()}
+    chosen = max(means, key=lambda name: -math.inf if math.isnan(means[name]) else means[name])
     for name in scores:
         if name not in ("model", chosen):
             shutil.rmtree(run / "fused" / name)
     content = {"suite": settings.suite, "scores": scores, "chosen": chosen}
     write_whole(run / "fused" / "choice.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     place = run / "model" if chosen == "model" else run / "fused" / chosen
-    told = ", ".join(f"{name} {100 * mean(found.values()):.2f}" for name, found in scores.items())
+    told = ", ".join(f"{name} {100 * value:.2f}" for name, value in means.items())
     logger.info(f"on the dev suite: {told}; best: {place}")
