@@ -113,6 +113,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
         distributed.finish()
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    from codiemb.evaluation.comparison import compare, write_comparison
+    from codiemb.evaluation.scored import models_of
+    from codiemb.evaluation.tables import comparison_text
+
+    if len(arguments.evaluations) < 2:
+        raise EvaluationError("compare", got="one evaluation", expected="the reference and at least one more")
+    if arguments.json:
+        require_folder("--json", Path(arguments.json).parent)
+    found = compare(models_of(arguments.evaluations))
+    if arguments.json:
+        write_comparison(Path(arguments.json), found)
+    print(comparison_text(found, arguments.format))
+
+
 def fuse(arguments: argparse.Namespace) -> None:
     from codiemb.encoder.location import folder_of
 
@@ -212,6 +227,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
     evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     evaluated.add_argument("--bf16", action="store_true", help="encode in bf16: faster, scores move a little")
+
+    compared = verb(compare, "tell whether models differ by more than chance, from their evaluations")
+    compared.add_argument(
+        "evaluations",
+        nargs="+",
+        metavar="EVAL",
+        help="a folder of <dataset>.json, the reference first; or a quoted pattern of folders, one a seed",
+    )
+    compared.add_argument("--json", metavar="FILE", help="write the comparison there too")
+    forms = ["table", "markdown", "latex"]
+    compared.add_argument("--format", choices=forms, default="table", help="of the printed table (default: table)")
 
     fused = verb(fuse, "merge checkpoints into one model")
     fused.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a model folder; at least two")
