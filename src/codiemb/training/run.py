@@ -30,7 +30,8 @@ from codiemb.encoder.adapters import merge_adapters, without_head
 from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
-from codiemb.errors import CheckpointError, ConfigError, DataError
+from codiemb.errors import CheckpointError, ConfigError, DataError, EvaluationError
+from codiemb.evaluation.comparison import compare, write_comparison
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import fuse, require_base
@@ -54,6 +55,7 @@ RUN_FILES = (
     "model",
     "fused",
     "eval",
+    "comparison.json",
     "report.html",
 )
 
@@ -74,7 +76,8 @@ class Prepared:
 class TrainResult:
     """Where the model is, and metrics by data set before and after (empty without a suite).
 
-    `fused` holds the metrics of the model that the run's checkpoints were merged into, None without one.
+    `fused` holds the metrics of the model that the run's checkpoints were merged into, None without one; `comparison`
+    is what comparison.json holds.
     """
 
     model: Path
@@ -82,6 +85,7 @@ class TrainResult:
     trained: Results
     suite: list[Source]
     fused: Results | None = None
+    comparison: dict[str, Any] | None = None
 
 
 def prepare(config: Config, device: str | None = None) -> Prepared:
@@ -177,7 +181,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             publish(run / WRITING, run / "model")
         barrier()
         fused = _fuse(trainer, config, suite) if config.fusion else None
-    return TrainResult(run / "model", base, trained, suite, fused)
+        merged = [config.fusion.method] if config.fusion and fused else []
+        comparison = on_first(lambda: _compare(run, ["base", "model", *merged])) if suite else None
+    return TrainResult(run / "model", base, trained, suite, fused, comparison)
 
 
 def _fuse(trainer: JointTrainer, config: Config, suite: list[Source]) -> Results | None:
@@ -196,6 +202,17 @@ def _fuse(trainer: JointTrainer, config: Config, suite: list[Source]) -> Results
     with loading_whole(trainer.args):
         encoder = open_model(str(out), dtype=torch.float32)
     return _evaluate(encoder, suite, run / "eval" / config.fusion.method, "of the fused model")
+
+
+def _compare(run: Path, evaluated: Sequence[str]) -> dict[str, Any] | None:
+    """Writes comparison.json, with the first as the reference; None where the evaluations do not allow it."""
+    try:
+        found = compare({name: [run / "eval" / name] for name in evaluated})
+    except EvaluationError as error:
+        logger.info(f"no comparison: {error}")
+        return None
+    write_comparison(run / "comparison.json", found)
+    return found
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
@@ -232,13 +249,23 @@ def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
 
 
 def results_table(result: TrainResult) -> str:
-    """Before and after by data set, in points of 0 to 100, as Markdown."""
-    fused = result.fused or {}
-    lines = [f"| data set | metric | before | after | difference |{' fused |' if fused else ''}"]
-    lines.append(f"|---|---|---:|---:|---:|{'---:|' if fused else ''}")
+    """Before and after by data set, in points of 0 to 100, as Markdown; with what the comparison says of them."""
+    fused, compared = result.fused or {}, {}
+    if result.comparison:
+        against = result.comparison["comparisons"][0]
+        compared = {row["name"]: row for row in against["data_sets"]}
+        compared |= {f"**mean {row['task']}**": row for row in against["means"]}
+    header = "| data set | metric | before | after | difference |"
+    header += (" 95 % interval | verdict |" if compared else "") + (" fused |" if fused else "")
+    lines = [header, f"|---|---|---:|---:|---:|{'---:|---|' if compared else ''}{'---:|' if fused else ''}"]
 
     def line(name: str, metric: str, before: float, after: float, merged: float | None) -> str:
         end = "" if merged is None else f" {100 * merged:.2f} |"
+        if row := compared.get(name):
+            low, high = row["interval"]
+            end = f" {100 * low:+.2f} to {100 * high:+.2f} | {row['verdict']} |{end}"
+        elif compared:
+            end = f" | |{end}"
         return f"| {name} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |{end}"
 
     for source in result.suite:
