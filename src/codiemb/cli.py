@@ -69,11 +69,12 @@ def train(arguments: argparse.Namespace) -> None:
     _ready_for_models()
     from codiemb import distributed
     from codiemb.training import run
+    from codiemb.training.results import results_table
 
     with distributed.told_of_lost_ranks():
         result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         if distributed.rank() == 0:
-            print(f"\n{run.results_table(result)}\n" if result.suite else "")
+            print(f"\n{results_table(result)}\n" if result.suite else "")
             print(f"model {result.model}")
         distributed.finish()
 
@@ -110,6 +111,21 @@ def evaluate(arguments: argparse.Namespace) -> None:
             evaluate_suite(encoder, suite, Path(arguments.out) / name, bf16=arguments.bf16)
         say(f"results in {arguments.out}")
         distributed.finish()
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from codiemb.evaluation.comparison import compare, write_comparison
+    from codiemb.evaluation.scored import models_of
+    from codiemb.evaluation.tables import comparison_text
+
+    if len(arguments.evaluations) < 2:
+        raise EvaluationError("compare", got="one evaluation", expected="the reference and at least one more")
+    if arguments.json:
+        require_folder("--json", Path(arguments.json).parent)
+    found = compare(models_of(arguments.evaluations))
+    if arguments.json:
+        write_comparison(Path(arguments.json), found)
+    print(comparison_text(found, arguments.format))
 
 
 def fuse(arguments: argparse.Namespace) -> None:
@@ -216,6 +232,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
     evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     evaluated.add_argument("--bf16", action="store_true", help="encode in bf16: faster, scores move a little")
+
+    compared = verb(compare, "tell whether models differ by more than chance, from their evaluations")
+    compared.add_argument(
+        "evaluations",
+        nargs="+",
+        metavar="EVAL",
+        help="a folder of <dataset>.json, the reference first; or a quoted pattern of folders, one a seed",
+    )
+    compared.add_argument("--json", metavar="FILE", help="write the comparison there too")
+    forms = ["table", "markdown", "latex"]
+    compared.add_argument("--format", choices=forms, default="table", help="of the printed table (default: table)")
 
     fused = verb(fuse, "merge checkpoints into one model")
     fused.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a model folder; at least two")

@@ -18,7 +18,7 @@ from codiemb.errors import ConfigError
 from codiemb.training import trainer
 from codiemb.training.clock import PHASES
 from codiemb.training.metrics import MetricsLog
-from codiemb.training.run import results_table
+from codiemb.training.results import results_table
 from tests.small_run import LETTERS, assert_equal_weights, small_run, weights, write_lines
 
 
@@ -242,6 +242,15 @@ def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path):
     }
     scores = json.loads((run / "eval" / "uniform" / "pairs.json").read_text())["metrics"]
     assert scores == result.fused["uniform"]["pairs"]
+    comparison = json.loads((run / "comparison.json").read_text())
+    assert comparison["reference"] == "base"
+    assert [one["model"] for one in comparison["comparisons"]] == ["model", "uniform"]
+    row = comparison["comparisons"][1]["data_sets"][0]
+    assert (row["name"], row["model"]) == ("pairs", pytest.approx(scores["spearman"]))
+    table = [line.split(" | ") for line in results_table(result).splitlines()]
+    assert table[0][-3:] == ["95 % interval", "verdict", "uniform |"]
+    assert {line[-2] for line in table[2:]} <= {"better", "worse", "no difference shown"}
+    assert {len(line) for line in table[2:]} == {8}
     mean = (
         sum(weights(run / f"checkpoint-{step}")["0.model.embeddings.word_embeddings.weight"] for step in (9, 12, 14))
         / 3

@@ -31,7 +31,7 @@ from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
-from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
+from codiemb.evaluation.suite import evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
 from codiemb.tasks import TASKS
@@ -39,6 +39,7 @@ from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed, facts_of, require_same_run
 from codiemb.training.merging import Results, averaged_encoder, merge_run
+from codiemb.training.results import TrainResult, compare_run
 from codiemb.training.sharding import loading_whole, require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
@@ -54,6 +55,7 @@ RUN_FILES = (
     "model",
     "fused",
     "eval",
+    "comparison.json",
     "report.html",
 )
 
@@ -69,20 +71,6 @@ class Prepared:
     suite: list[Source]
     dev: list[Source]
     report: Report
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where the model is, and metrics by data set before and after (empty without a suite).
-
-    `fused` holds by method the metrics of what the run's checkpoints were merged into.
-    """
-
-    model: Path
-    base: Results
-    trained: Results
-    suite: list[Source]
-    fused: dict[str, Results]
 
 
 def prepare(config: Config, device: str | None = None) -> Prepared:
@@ -181,8 +169,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             publish(run / WRITING / "model", run / "model")
         barrier()
         fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
+        comparison = on_first(lambda: compare_run(run, ["base", "model", *fused])) if suite else None
         on_first(lambda: clean(run))
-    return TrainResult(run / "model", base, trained, suite, fused)
+    return TrainResult(run / "model", base, trained, suite, fused, comparison)
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
@@ -216,25 +205,6 @@ def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
             got=max(config.losses.matryoshka.dims),
             expected=f"at most {dim}, the dimensions of {config.model.base}",
         )
-
-
-def results_table(result: TrainResult) -> str:
-    """Before and after by data set, in points of 0 to 100, as Markdown; a column for each merge of checkpoints."""
-    models = [result.base, result.trained, *result.fused.values()]
-    lines = ["| " + " | ".join(["data set", "metric", "before", "after", "difference", *result.fused]) + " |"]
-    lines.append("|---|---|" + "---:|" * (3 + len(result.fused)))
-
-    def line(name: str, metric: str, values: list[float]) -> str:
-        before, after, *merged = (100 * value for value in values)
-        cells = [f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}", *(f"{value:.2f}" for value in merged)]
-        return "| " + " | ".join([name, metric, *cells]) + " |"
-
-    for source in result.suite:
-        metric = HEADLINE[source.task]
-        lines.append(line(source.name, metric, [model[source.name][metric] for model in models]))
-    means = [average(model, result.suite) for model in models]
-    lines += [line(f"**mean {task}**", HEADLINE[task], [mean[task] for mean in means]) for task in means[0]]
-    return "\n".join(lines)
 
 
 def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> tuple[Checkpoint | None, list[str]]:

@@ -1,0 +1,3 @@
+"""The metric that stands for a task in tables and comparisons."""
+
+HEADLINE = {"retrieval": "ndcg_at_10", "similarity": "spearman"}

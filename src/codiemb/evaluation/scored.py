@@ -1,0 +1,207 @@
+"""Evaluations that were written earlier, read back and paired: the same items of the same data sets, or a refusal."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+
+from codiemb.errors import EvaluationError, short
+from codiemb.evaluation import similarity
+from codiemb.evaluation.metrics import HEADLINE
+
+FACTS = ("task", "split", "n", "documents")  # of the JSON file; what differs here is another data set, or version of it
+TEXTS = ("query", "text1", "text2", "label")  # of the items
+SIMILARITY = ("cosine", "label")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One data set of one evaluation.
+
+    Attributes:
+        file: its JSON file.
+        facts: what must be the same in all evaluations that are compared.
+        key: the items' first column, which tells them apart.
+        keys: its values.
+        texts: columns that must be the same as well, where both have them.
+        values: by column what the metric is computed from, [item].
+    """
+
+    file: Path
+    name: str
+    task: str
+    facts: dict[str, Any]
+    key: str
+    keys: list[Any]
+    texts: dict[str, list[Any]]
+    values: dict[str, Float[np.ndarray, " item"]]
+
+
+def models_of(arguments: Sequence[str]) -> dict[str, list[Path]]:
+    """Folders by model, from what stands on the command line: a folder, or a pattern of folders, one a seed.
+
+    A model is called by the part of its path that tells it from the others.
+
+    Raises:
+        EvaluationError: a pattern matches no folder, or a model is given twice.
+    """
+    if twice := [argument for argument in arguments if arguments.count(argument) > 1]:
+        raise EvaluationError("models", got=f"{twice[0]} twice", expected="different evaluations")
+    parts = [Path(argument).parts for argument in arguments]
+    front = _shared(parts)
+    back = _shared([part[front:][::-1] for part in parts])
+    names = [Path(*part[front : len(part) - back]).as_posix() for part in parts]
+    return {name: _folders(argument) for name, argument in zip(names, arguments, strict=True)}
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """How many parts from the first on are the same in all paths, of which each keeps at least one."""
+    same = 0
+    while same < min(map(len, paths)) - 1 and len({path[same] for path in paths}) == 1:
+        same += 1
+    return same
+
+
+def _folders(argument: str) -> list[Path]:
+    if not glob.has_magic(argument) or Path(argument).is_dir():
+        return [Path(argument)]
+    found = [Path(path) for path in sorted(glob.glob(argument)) if Path(path).is_dir()]
+    if not found:
+        raise EvaluationError(f"pattern {argument}", got="no folder", expected="an evaluation of each seed")
+    return found
+
+
+def read_evaluation(folder: Path) -> dict[str, Scored | None]:
+    """The data sets in a folder that `codiemb evaluate` or `codiemb train` wrote, by name; None without items.
+
+    JSON files without metrics, such as a comparison, are no data sets.
+
+    Raises:
+        EvaluationError: there is none, or a file is damaged or missing.
+    """
+    found: dict[str, Scored | None] = {}
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        content = _json(file)
+        if "metrics" in content:
+            found[content.get("dataset", file.stem)] = _scored(file, content)
+    if not found:
+        inside = " or ".join(str(path) for path in sorted(folder.glob("eval/*")) if path.is_dir())
+        raise EvaluationError(
+            f"evaluation {folder}",
+            got="no results of a data set" if folder.is_dir() else "no such folder",
+            expected="a folder of <dataset>.json files",
+            fix=f"give {inside}" if inside else "write one with codiemb evaluate",
+        )
+    return found
+
+
+def paired(runs: Sequence[Scored]) -> list[Scored]:
+    """The same data set in several evaluations, its items in the order of the first.
+
+    Raises:
+        EvaluationError: they were not scored on the same items.
+    """
+    first = runs[0]
+    return [first, *(_as_in(first, other) for other in runs[1:])]
+
+
+def _as_in(first: Scored, other: Scored) -> Scored:
+    for fact in FACTS:
+        if first.facts[fact] != other.facts[fact]:
+            raise _unlike(first, other, fact, other.facts[fact], first.facts[fact])
+    places = {key: place for place, key in enumerate(other.keys)}
+    if absent := [key for key in first.keys if key not in places]:
+        raise _unlike(first, other, first.key, f"no {short(absent[0])}", f"the {len(first.keys)} ids")
+    order = [places[key] for key in first.keys]
+    texts = {name: [column[place] for place in order] for name, column in other.texts.items()}
+    for name in first.texts.keys() & texts.keys():
+        for key, here, there in zip(first.keys, texts[name], first.texts[name], strict=True):
+            if here != there:
+                raise _unlike(first, other, f"{name} of {first.key} {short(key)}", short(here), short(there))
+    return replace(
+        other, keys=first.keys, texts=texts, values={name: column[order] for name, column in other.values.items()}
+    )
+
+
+def _unlike(first: Scored, other: Scored, what: str, got: Any, expected: Any) -> EvaluationError:
+    return EvaluationError(
+        f"file {other.file}, {what}",
+        got=got,
+        expected=f"{expected} as in {first.file}",
+        fix="evaluate both models on the same version of the data",
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(file, str(error), "a JSON file") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _scored(file: Path, content: dict[str, Any]) -> Scored | None:
+    if absent := [name for name in ("dataset", "task", "n", "items") if name not in content]:
+        raise _damaged(file, f"no {absent[0]!r}", "a result of codiemb evaluate")
+    if content["items"] is None:
+        return None
+    task, items = content["task"], file.parent / content["items"]
+    if task not in HEADLINE:
+        raise EvaluationError(f"file {file}", got=f"the task {task!r}", expected=f"one of {', '.join(HEADLINE)}")
+    columns = SIMILARITY if task == "similarity" else (HEADLINE[task],)
+    table = _items(items, columns)
+    key = table.column_names[0]
+    keys = table[key].to_pylist()
+    values = {name: table[name].to_numpy().astype(float) for name in columns}
+    if len(keys) < 2 or len(keys) != content["n"] or len(set(keys)) != len(keys):
+        raise _damaged(items, f"{len(keys)} items, {len(set(keys))} of them distinct", f"the {content['n']} of {file}")
+    for name, column in values.items():
+        if not np.isfinite(column).all():
+            raise _damaged(items, f"{name} {column[~np.isfinite(column)][0]}", "finite numbers")
+    scored = Scored(
+        file,
+        content["dataset"],
+        task,
+        {fact: content.get(fact) for fact in FACTS},
+        key,
+        keys,
+        {name: table[name].to_pylist() for name in TEXTS if name in table.column_names},
+        values,
+    )
+    recorded = content["metrics"].get(HEADLINE[task])
+    if recorded is None or abs(recorded - score(scored)) > 1e-4:
+        raise _damaged(items, f"{HEADLINE[task]} {score(scored):.4f}", f"{recorded} as in {file}")
+    return scored
+
+
+def score(scored: Scored) -> float:
+    """The headline metric of the items."""
+    if scored.task == "similarity":
+        return similarity.score(scored.values["cosine"], scored.values["label"])["spearman"]
+    return float(scored.values[HEADLINE[scored.task]].mean())
+
+
+def _items(file: Path, required: Sequence[str]) -> pa.Table:
+    try:
+        names = pq.read_schema(file).names
+        table = pq.read_table(file, columns=[name for name in names if name in (names[0], *required, *TEXTS)])
+    except FileNotFoundError:
+        raise _damaged(file, "nothing there", "the scores of the items") from None
+    except (OSError, pa.ArrowException) as error:
+        raise _damaged(file, str(error).splitlines()[0], "a Parquet file") from None
+    if absent := [name for name in required if name not in table.column_names]:
+        raise _damaged(file, f"no column {absent[0]!r}", "the scores of the items")
+    return table
+
+
+def _damaged(file: Path, got: str, expected: str) -> EvaluationError:
+    return EvaluationError(f"file {file}", got=got, expected=expected, fix="evaluate the model again")
