@@ -157,6 +157,12 @@ def _search(
         print(search.best(trials, arguments.search, settings))
 
 
+def report(arguments: argparse.Namespace) -> None:
+    from codiemb.report.page import write_report
+
+    print(f"report {write_report(Path(arguments.run_dir))}")
+
+
 def _parameter(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
@@ -239,4 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     ways.add_argument("--search", choices=["greedy", "grid"], help="choose the fusion that scores best on --suite")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
+
+    reported = verb(report, "tell a run on one HTML page, from its files")
+    reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
     return parser

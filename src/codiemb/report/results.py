@@ -1,0 +1,217 @@
+"""Scores: the headline, the table by data set, how they came to be, and how they went during training."""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from codiemb.report.axes import Axis
+from codiemb.report.facts import Evaluation
+from codiemb.report.figures import Line, line_chart
+from codiemb.report.markup import (
+    Markup,
+    Number,
+    element,
+    fold,
+    interval,
+    join,
+    name,
+    number,
+    plural,
+    points,
+    section,
+    signed,
+    table,
+)
+from codiemb.report.run_folder import Run
+from codiemb.report.scores import UNTESTED, VERDICTS, Score, across, colour, headline, kind, means, metric_name, scores
+from codiemb.report.strips import whisker
+
+
+def mark(verdict: str) -> Markup:
+    """The verdict as a sign and a word, so that nothing hangs on its colour."""
+    kind, sign = VERDICTS.get(verdict, ("untested", "–"))
+    shown = element("span", sign, class_="sign", aria_hidden="true")
+    return element("span", shown, verdict if verdict in VERDICTS else UNTESTED, class_=f"verdict {kind}")
+
+
+def headline_section(run: Run) -> Markup | None:
+    """Tiles: what the training did to each task, and to their mean."""
+    found = scores(run)
+    if not found:
+        return None
+    averaged = means(run, found)
+    axis = across(averaged)
+    return element("div", *(_tile(score, axis) for score in averaged), class_="tiles")
+
+
+def _tile(score: Score, axis: Axis) -> Markup:
+    what = "mean of the tasks" if score.task == "all" else score.task.replace("_", " ")
+    about = " · ".join(part for part in (metric_name(score.metric), plural(score.n or 0, "data set")) if part)
+    bounds = interval(score.interval) if score.interval else ""
+    return element(
+        "div",
+        element("h3", what, element("small", about)),
+        element("p", element("b", points(score.after)), element("span", "from ", points(score.before)), class_="score"),
+        element("p", element("strong", signed(score.difference)), " ", bounds, class_="change"),
+        whisker(score.difference, score.interval, axis, kind(score.verdict)),
+        mark(score.verdict),
+        class_=f"tile {kind(score.verdict)}",
+    )
+
+
+def results_section(run: Run) -> Markup | None:
+    """The table by data set, all metrics, and how it was scored."""
+    found = scores(run)
+    if not found:
+        return _one_model(run)
+    listed = [*found, *means(run, found)]
+    axis = across(listed)
+    tested = any(score.tested for score in listed)
+    with_p = any(score.tested and score.tested.p_holm is not None for score in listed)
+    header = [
+        "data set",
+        "task",
+        "metric",
+        "n",
+        "before",
+        "after",
+        "difference",
+        "",
+        *_if(tested, "interval"),
+        *_if(with_p, "p"),
+        "mark",
+    ]
+    body = []
+    for score in listed:
+        is_mean = score not in found
+        title = (
+            f"mean {score.task.replace('_', ' ')}"
+            if is_mean and score.task != "all"
+            else score.name
+            if not is_mean
+            else "mean of the tasks"
+        )
+        body.append(
+            [
+                element("strong", title) if is_mean else name(title),
+                "" if is_mean else score.task.replace("_", " "), metric_name(score.metric),
+                Number(f"{score.n:,}") if score.n is not None and not is_mean else None,
+                points(score.before), points(score.after), signed(score.difference),
+                whisker(score.difference, score.interval, axis, kind(score.verdict)),
+                *_if(tested, interval(score.interval)),
+                *_if(with_p, _p(score)),
+                mark(score.verdict),
+            ]
+        )  # fmt: skip
+    return section(
+        "results",
+        "Results by data set",
+        _how(run, tested),
+        table(header, body, "Results by data set"),
+        fold("All metrics", _all_metrics(run)),
+        fold("How it was scored", _scored(run.evaluations["model"])),
+    )
+
+
+def _if(there: bool, *values: object) -> list[object]:
+    return [*values] if there else []
+
+
+def _p(score: Score) -> Number | None:
+    value = score.tested.p_holm if score.tested else None
+    return None if value is None else Number("< 0.001") if value < 0.001 else Number(f"{value:.3f}")
+
+
+def _how(run: Run, tested: bool) -> str:
+    points_of = "In points of 0 to 100, the untouched base against the trained model. "
+    if not tested:
+        return points_of + "The differences are not tested: there is no comparison.json, so they may be chance."
+    assert run.comparison is not None
+    settings = run.comparison.settings
+    confidence = settings.get("confidence")
+    level = f"{100 * confidence:g} % intervals" if isinstance(confidence, int | float) else "Intervals"
+    resamples = f" from {settings['resamples']:,} resamples" if isinstance(settings.get("resamples"), int) else ""
+    return (
+        f"{points_of}{level}{resamples} of paired items; p is corrected by Holm's method. "
+        "▲ better, ▼ worse, ≈ no difference shown."
+    )
+
+
+def _all_metrics(run: Run) -> Markup:
+    rows = [
+        [
+            name(data_set),
+            metric_name(metric),
+            points(value),
+            points(run.evaluations["model"][data_set].metrics.get(metric)),
+        ]
+        for data_set, evaluation in run.evaluations["base"].items()
+        if data_set in run.evaluations["model"]
+        for metric, value in evaluation.metrics.items()
+    ]
+    return table(["data set", "metric", "before", "after"], rows, "All metrics")
+
+
+def _scored(evaluations: dict[str, Evaluation]) -> Markup:
+    rows = [
+        [
+            name(data_set), Number(f"{found.n:,}"),
+            join(_said(role, text) for role, text in found.prompt.items()),
+            ", ".join(f"{role} {length}" for role, length in found.max_length.items()),
+            None if found.seconds is None else number(found.seconds, 3),
+        ]
+        for data_set, found in evaluations.items()
+    ]  # fmt: skip
+    return table(["data set", "n", "prompt", "longest text, tokens", "seconds"], rows, "How it was scored")
+
+
+def _said(role: str, text: str | None) -> Markup:
+    return element("div", f"{role}: ", name(repr(text)) if text else "none")
+
+
+def _one_model(run: Run) -> Markup | None:
+    """Scores of a run that has been scored once only."""
+    model = next((model for model in ("model", "base") if model in run.evaluations), None)
+    if model is None:
+        return None
+    rows = [
+        [name(data_set), found.task.replace("_", " "), metric_name(metric), Number(f"{found.n:,}"), points(value)]
+        for data_set, found in run.evaluations[model].items()
+        for metric, value in found.metrics.items()
+    ]
+    return section(
+        "results", "Results by data set",
+        f"In points of 0 to 100, of {model!r} alone: the run has not been scored before and after.",
+        table(["data set", "task", "metric", "n", "score"], rows, "Results by data set"),
+    )  # fmt: skip
+
+
+def during_section(run: Run) -> Markup | None:
+    """Mean headline of each task by step, where the suite was scored during training."""
+    at = {int(model.removeprefix("step-")): model for model in run.evaluations if model.removeprefix("step-").isdigit()}
+    if not at:
+        return None
+    if "base" in run.evaluations:
+        at[0] = "base"
+    if "model" in run.evaluations and run.steps:
+        at[run.steps[-1].step] = "model"
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for step, model in sorted(at.items()):
+        listed = [
+            Score(one.dataset, one.task, "", one.n, 0.0, one.metrics[headline(one)])
+            for one in run.evaluations[model].values()
+            if one.metrics
+        ]
+        for task in {score.task: 0 for score in listed}:
+            value = mean(score.after for score in listed if score.task == task)
+            lines.setdefault(task, []).append((float(step), 100 * value))
+    charts = [
+        line_chart(task.replace("_", " "), [Line(task, found, colour(task))], "step", "mean, points", steps=True)
+        for task, found in lines.items()
+    ]
+    return section(
+        "during",
+        "Scores during training",
+        "Mean of the data sets of a task.",
+        element("div", *charts, class_="figures"),
+    )
