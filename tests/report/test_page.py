@@ -93,12 +93,12 @@ def test_the_table_by_data_set(whole):
     rows = {row[0]: row[1:] for row in rows_of(tree, "Results by data set")}
     told = "+6.29 points, interval [+4.29, +8.29]"
     assert rows["faq-test"] == [
-        "retrieval", "nDCG@10", "10", "68.00", "74.29", "+6.29", told, "[+4.29, +8.29]", "0.001", "▲better",
+        "nDCG@10", "68.00", "74.29", "+6.29", told, "[+4.29, +8.29]", "▲better", "0.001", "10", "retrieval",
     ]  # fmt: skip
-    assert rows["manuals"][-1] == "≈no difference shown"
-    assert rows["manuals"][5] == "−0.15"
-    assert rows["mean retrieval"][3:6] == ["54.52", "57.59", "+3.07"]  # (68.00 + 41.05) / 2 and (74.29 + 40.90) / 2
-    assert rows["mean of the tasks"][3:6] == ["55.03", "62.40", "+7.37"]
+    assert rows["manuals"][6] == "≈no difference shown"
+    assert rows["manuals"][3] == "−0.15"
+    assert rows["mean retrieval"][1:4] == ["54.52", "57.59", "+3.07"]  # (68.00 + 41.05) / 2 and (74.29 + 40.90) / 2
+    assert rows["mean of the tasks"][1:4] == ["55.03", "62.40", "+7.37"]
 
 
 def test_without_tests_there_is_no_interval_and_it_says_so(whole, tmp_path):
@@ -107,8 +107,8 @@ def test_without_tests_there_is_no_interval_and_it_says_so(whole, tmp_path):
     (run / "comparison.json").unlink()
     _, tree = shown(run)
     rows = rows_of(tree, "Results by data set")
-    assert rows[0] == ["data set", "task", "metric", "n", "before", "after", "difference", "", "mark"]
-    assert {row[-1] for row in rows[1:]} == {"–not tested"}
+    assert rows[0] == ["data set", "metric", "before", "after", "difference", "", "mark", "n", "task"]
+    assert {row[6] for row in rows[1:]} == {"–not tested"}
     assert "The differences are not tested" in words(tree)
     assert "interval" not in words(next(found for found in tree.iter("div") if found.get("class") == "tiles"))
 
@@ -122,7 +122,7 @@ def test_a_comparison_with_something_else_marks_nothing(whole, tmp_path):
         found["data_sets"] = []
     (run / "comparison.json").write_text(json.dumps(content))
     _, tree = shown(run)
-    assert {row[-1] for row in rows_of(tree, "Results by data set")[1:]} == {"–not tested"}
+    assert {row[6] for row in rows_of(tree, "Results by data set")[1:]} == {"–not tested"}
 
 
 def test_a_comparison_of_other_scores_is_refused(whole, tmp_path):
@@ -134,6 +134,16 @@ def test_a_comparison_of_other_scores_is_refused(whole, tmp_path):
         EvaluationError, match=r"comparison.json, sts: got spearman 0.672100 of model, expected 0.500000"
     ):
         write_report(run)
+
+
+def test_what_was_scored_once_only_is_told(whole, tmp_path):
+    """A data set that is missing on one side must not leave the table unnoticed."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "model" / "sts.json").unlink()
+    (run / "comparison.json").unlink()
+    _, tree = shown(run)
+    assert "Scored on one side only, and left out: sts." in words(tree)
+    assert "sts" not in [row[0] for row in rows_of(tree, "Results by data set")]
 
 
 def test_one_evaluation_is_shown_alone(tmp_path):
@@ -215,10 +225,12 @@ DAMAGE = {
     "environment.json": ("[]", "got list, expected dict"),
     "metrics.jsonl": ('{"step": 1}\n', "metrics.jsonl, line 1, source: got nothing"),
     "comparison.json": ('{"reference": "base"}', "comparisons: got nothing"),
+    "plan.json ": ('{"sources": {}, "schedule": "x", "steps": "many"}', "plan.json, steps_per_epoch: got nothing"),
     "geometry.json": ('{"models": 3}', "geometry.json, models: got 3"),
     "conflict.jsonl": ("x\n{}\n", "conflict.jsonl, line 1"),
     "config.yaml": (b"\xff", "expected text in UTF-8"),
     "eval/model/sts.json": ("null", "got NoneType"),
+    "eval/base/sts.json": ('{"dataset": "sts", "task": "similarity", "n": 3, "metrics": {"spearman": NaN}}', "got nan"),
     "eval/model/sts.items.parquet": ("PAR1", "expected Parquet"),
     "fused/delta/fusion.json": ('{"parents": []}', "method: got nothing"),
     "pareto.json": ('{"tasks": [], "points": [], "front": [0], "knee": 0}', "a place that is no point"),
@@ -229,6 +241,7 @@ DAMAGE = {
 def test_a_damaged_file_is_one_line_and_the_old_page_stays(whole, tmp_path, capsys, name):
     run = shutil.copytree(whole, tmp_path / "joint")
     content, said = DAMAGE[name]
+    name = name.strip()
     (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (run / "report.html").write_text("the old page")
     with pytest.raises(SystemExit) as stop:

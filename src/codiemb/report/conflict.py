@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from codiemb.report.bins import band, stretches
+from codiemb.report.facts import Conflict
 from codiemb.report.figures import figure
 from codiemb.report.markup import Markup, element, number, section, table
 from codiemb.report.over_steps import chart, cut_of, series
@@ -24,10 +25,7 @@ def conflict_section(run: Run) -> Markup | None:
     cut = cut_of(found)
     overall = series("all weights", found, lambda line: line.cosine.get("all"), cut)
     tasks = list(dict.fromkeys(task for one in found for task in one.gradient_norm))
-    norms = [
-        series(task.replace("_", " "), found, lambda line, task=task: line.gradient_norm.get(task), cut, colour(task))
-        for task in tasks
-    ]
+    norms = [series(task.replace("_", " "), found, _length(task), cut, colour(task)) for task in tasks]
     charts = [
         chart("Cosine of the gradients", [overall], cut, "cosine", zero=True),
         chart("Length of the gradients", norms, cut, "l2 norm", log=True),
@@ -41,6 +39,10 @@ def conflict_section(run: Run) -> Markup | None:
         element("div", *charts, class_="figures"),
         _by_layer(run, by_layer) if by_layer else None,
     )
+
+
+def _length(task: str) -> Callable[[Conflict], float | None]:
+    return lambda line: line.gradient_norm.get(task)
 
 
 def _by_layer(run: Run, by_layer: list[str]) -> Markup:

@@ -55,7 +55,7 @@ def _row(source: str, facts: SourceFacts) -> list[object]:
 
 def _figures(source: str, facts: SourceFacts) -> list[Markup]:
     charts = [_lengths(source, facts.task, role, tokens) for role, tokens in facts.tokens.items() if tokens.histogram]
-    if facts.scores and facts.scores.histogram:
+    if facts.scores and facts.scores.range[0] < facts.scores.range[1]:
         (low, high), counts = facts.scores.range, facts.scores.histogram
         edges = [low + (high - low) * place / len(counts) for place in range(len(counts) + 1)]
         charts.append(

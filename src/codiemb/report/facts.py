@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 
 class _Content(BaseModel):
@@ -41,8 +41,8 @@ class Step(BaseModel):
 
 
 class Histogram(_Content):
-    width: int
-    counts: list[int]
+    width: int = Field(ge=1)
+    counts: list[int] = Field(min_length=1)
 
 
 class Tokens(_Content):
@@ -57,10 +57,10 @@ class Tokens(_Content):
 
 
 class ScoreCounts(_Content):
-    range: tuple[float, float]
+    range: tuple[FiniteFloat, FiniteFloat]
     lowest: float
     highest: float
-    histogram: list[int]
+    histogram: list[int] = Field(min_length=1)
 
 
 class SourceFacts(_Content):
@@ -99,7 +99,7 @@ class Evaluation(_Content):
 
     dataset: str
     task: str
-    metrics: dict[str, float]
+    metrics: dict[str, FiniteFloat]
     n: int
     items: str | None = None
     prompt: dict[str, str | None] = {}
@@ -114,10 +114,10 @@ class Difference(_Content):
     task: str
     metric: str = ""
     n: int | None = None
-    reference: float
-    model: float
-    difference: float
-    interval: tuple[float, float] | None = None
+    reference: FiniteFloat
+    model: FiniteFloat
+    difference: FiniteFloat
+    interval: tuple[FiniteFloat, FiniteFloat] | None = None
     p: float | None = None
     p_holm: float | None = None
     effect_size: float | None = None
@@ -176,7 +176,7 @@ class Conflict(_Content):
 class Trial(_Content):
     checkpoints: list[str]
     settings: dict[str, Any] = {}
-    scores: dict[str, float]
+    scores: dict[str, FiniteFloat]
 
 
 class Fusion(_Content):

@@ -188,16 +188,12 @@ def _hover(lines: Sequence[Line], places: Sequence[float], across: Axis, x_name:
     values = [dict(line.points) for line in lines]
     stripes = []
     for place, x in enumerate(places):
-        told = [f"{line.name} {label_of(found[x])}" for line, found in zip(lines, values, strict=True) if x in found]
+        told = [f"{line.name} {number(found[x])}" for line, found in zip(lines, values, strict=True) if x in found]
         stripes.append(
             element("rect", element("title", "\n".join([x_name(x), *told])), x=f"{edges[place]:.1f}", y=TOP,
                     width=f"{max(edges[place + 1] - edges[place], 0.1):.1f}", height=BOTTOM - TOP)
         )  # fmt: skip
     return element("g", *stripes, class_="hover")
-
-
-def label_of(value: float) -> str:
-    return str(number(value))
 
 
 def _data(

@@ -11,17 +11,14 @@ from codiemb.report.markup import Markup, element, fold, interval, name, number,
 from codiemb.report.results import mark
 from codiemb.report.run_folder import Run
 from codiemb.report.scatter import Point, scatter
-from codiemb.report.scores import headline
+from codiemb.report.scores import task_means
 
 
 def fusion_section(run: Run) -> Markup | None:
     """What was merged, its scores, trials and front; None if nothing was."""
     fused = [model for model in run.fusions if model in run.evaluations]
-    trials = (
-        run.pareto.points
-        if run.pareto
-        else run.trials or [one for found in run.fusions.values() for one in found.trials]
-    )
+    trials = run.trials or [one for found in run.fusions.values() for one in found.trials]
+    trials = run.pareto.points if run.pareto else trials
     if not run.fusions and not trials:
         return None
     return section(
@@ -35,18 +32,9 @@ def fusion_section(run: Run) -> Markup | None:
     )
 
 
-def by_task(run: Run, model: str) -> dict[str, float]:
-    """Mean headline of each task."""
-    found: dict[str, list[float]] = {}
-    for one in run.evaluations.get(model, {}).values():
-        if one.metrics:
-            found.setdefault(one.task, []).append(one.metrics[headline(one)])
-    return {task: mean(values) for task, values in found.items()}
-
-
 def _scores(run: Run, fused: list[str]) -> Markup:
     models = [model for model in ("base", "model", *fused) if model in run.evaluations]
-    means = {model: by_task(run, model) for model in models}
+    means = {model: task_means(run.evaluations[model].values()) for model in models}
     tasks = list(dict.fromkeys(task for found in means.values() for task in found))
     rows = []
     for model in models:
@@ -63,14 +51,8 @@ def _scores(run: Run, fused: list[str]) -> Markup:
                 mark(overall.verdict if overall else "") if model != "base" else "",
             ]
         )  # fmt: skip
-    header = [
-        "model",
-        *(f"mean {task.replace('_', ' ')}" for task in tasks),
-        "mean of the tasks",
-        "against base",
-        "interval",
-        "mark",
-    ]
+    of_tasks = [f"mean {task.replace('_', ' ')}" for task in tasks]
+    header = ["model", *of_tasks, "mean of the tasks", "against base", "interval", "mark"]
     return table(header, rows, "Fused models")
 
 
@@ -79,7 +61,7 @@ def _figures(run: Run, fused: list[str], trials: list[Trial]) -> list[Markup]:
     figures = []
     dots = []
     for model in ("base", "model", *fused):
-        found = by_task(run, model)
+        found = task_means(run.evaluations.get(model, {}).values())
         if {"retrieval", "similarity"} <= found.keys():
             kind = "fused" if model in fused else model
             dots.append(Point(model, 100 * found["retrieval"], 100 * found["similarity"], kind, True))
@@ -120,23 +102,17 @@ def what(trial: Trial) -> str:
 
 
 def _short(value: Any) -> str:
-    return (
-        ":".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value)
-        if isinstance(value, list)
-        else str(value)
-    )
+    if isinstance(value, list):
+        return ":".join(_short(one) for one in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _trials(trials: list[Trial]) -> Markup:
     tasks = list(dict.fromkeys(task for one in trials for task in one.scores))
-    rows = [
-        [
-            name(what(one)),
-            *(points(one.scores.get(task)) for task in tasks),
-            points(mean(one.scores.values()) if one.scores else None),
-        ]
-        for one in trials
-    ]
+    rows = []
+    for one in trials:
+        average = mean(one.scores.values()) if one.scores else None
+        rows.append([name(what(one)), *(points(one.scores.get(task)) for task in tasks), points(average)])
     return table(["checkpoints and settings", *tasks, "mean"], rows, "Trials")
 
 
@@ -152,14 +128,10 @@ def _recipes(fusions: dict[str, Fusion]) -> Markup:
 
 def _weights(weights: Any) -> str:
     """Weights in a line: those of the whole model, or the mean over tensors."""
-    if isinstance(weights, dict) and weights:
-        rows = [
-            row
-            for row in weights.values()
-            if isinstance(row, list) and all(isinstance(one, int | float) for one in row)
-        ]
-        if rows and len({len(row) for row in rows}) == 1:
-            means = [mean(column) for column in zip(*rows, strict=True)]
-            shown = ", ".join(f"{value:.3f}" for value in means)
-            return shown if len(rows) == 1 else f"{shown} (mean over {len(rows)} tensors)"
-    return weights if isinstance(weights, str) else ""
+    if not isinstance(weights, dict):
+        return weights if isinstance(weights, str) else ""
+    rows = [row for row in weights.values() if isinstance(row, list) and all(isinstance(one, float) for one in row)]
+    if len({len(row) for row in rows}) != 1:
+        return ""
+    shown = ", ".join(f"{mean(column):.3f}" for column in zip(*rows, strict=True))
+    return shown if len(rows) == 1 else f"{shown} (mean over {len(rows)} tensors)"

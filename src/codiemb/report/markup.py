@@ -14,7 +14,8 @@ from typing import Any
 _UNSHOWN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\u202a-\u202e\u2066-\u2069]"
 )
-_VOID = {"meta", "br", "hr"}
+_VOID = {"meta", "br"}
+_DRAWN = {"line", "rect", "circle", "path", "polyline"}
 
 
 class Markup(str):
@@ -42,12 +43,9 @@ def element(tag: str, *children: Any, **attributes: Any) -> Markup:
         for key, value in attributes.items()
         if value is not None
     )
-    if tag in _VOID or (not children and tag in _EMPTY):
+    if tag in _VOID or (not children and tag in _DRAWN):
         return Markup(f"<{tag}{given}/>")
     return Markup(f"<{tag}{given}>{join(children)}</{tag}>")
-
-
-_EMPTY = {"line", "rect", "circle", "path", "polyline"}
 
 
 def name(text: Any) -> Markup:

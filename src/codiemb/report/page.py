@@ -93,8 +93,8 @@ def _lede(run: Run) -> list[Markup]:
         parts.append(
             " ".join(str(run.environment[key]) for key in ("device", "device_name") if run.environment.get(key))
         )
-    if run.environment.get("world_size"):
-        parts.append(plural(int(run.environment["world_size"]), "process").replace("processs", "processes"))
+    if isinstance(processes := run.environment.get("world_size"), int):
+        parts.append("1 process" if processes == 1 else f"{processes} processes")
     if run.environment.get("seed") is not None:
         parts.append(f"seed {run.environment['seed']}")
     if run.unfinished:

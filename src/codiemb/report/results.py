@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import mean
-
 from codiemb.report.axes import Axis
 from codiemb.report.facts import Evaluation
 from codiemb.report.figures import Line, line_chart
@@ -23,7 +21,19 @@ from codiemb.report.markup import (
     table,
 )
 from codiemb.report.run_folder import Run
-from codiemb.report.scores import UNTESTED, VERDICTS, Score, across, colour, headline, kind, means, metric_name, scores
+from codiemb.report.scores import (
+    UNTESTED,
+    VERDICTS,
+    Score,
+    across,
+    colour,
+    in_both,
+    kind,
+    means,
+    metric_name,
+    scores,
+    task_means,
+)
 from codiemb.report.strips import whisker
 
 
@@ -68,53 +78,35 @@ def results_section(run: Run) -> Markup | None:
     axis = across(listed)
     tested = any(score.tested for score in listed)
     with_p = any(score.tested and score.tested.p_holm is not None for score in listed)
-    header = [
-        "data set",
-        "task",
-        "metric",
-        "n",
-        "before",
-        "after",
-        "difference",
-        "",
-        *_if(tested, "interval"),
-        *_if(with_p, "p"),
-        "mark",
-    ]
-    body = []
-    for score in listed:
-        is_mean = score not in found
-        title = (
-            f"mean {score.task.replace('_', ' ')}"
-            if is_mean and score.task != "all"
-            else score.name
-            if not is_mean
-            else "mean of the tasks"
-        )
-        body.append(
+    header = ["data set", "metric", "before", "after", "difference", "", *["interval"] * tested, "mark"]
+    header += [*["p"] * with_p, "n", "task"]
+    rows = []
+    for place, score in enumerate(listed):
+        is_mean, task = place >= len(found), score.task.replace("_", " ")
+        title = "mean of the tasks" if score.task == "all" else f"mean {task}" if is_mean else name(score.name)
+        rows.append(
             [
-                element("strong", title) if is_mean else name(title),
-                "" if is_mean else score.task.replace("_", " "), metric_name(score.metric),
-                Number(f"{score.n:,}") if score.n is not None and not is_mean else None,
-                points(score.before), points(score.after), signed(score.difference),
+                element("strong", title) if is_mean else title,
+                metric_name(score.metric),
+                points(score.before),
+                points(score.after),
+                signed(score.difference),
                 whisker(score.difference, score.interval, axis, kind(score.verdict)),
-                *_if(tested, interval(score.interval)),
-                *_if(with_p, _p(score)),
+                *[interval(score.interval)] * tested,
                 mark(score.verdict),
+                *[_p(score)] * with_p,
+                None if is_mean else score.n,
+                "" if is_mean else task,
             ]
-        )  # fmt: skip
+        )
     return section(
         "results",
         "Results by data set",
         _how(run, tested),
-        table(header, body, "Results by data set"),
+        table(header, rows, "Results by data set"),
         fold("All metrics", _all_metrics(run)),
         fold("How it was scored", _scored(run.evaluations["model"])),
     )
-
-
-def _if(there: bool, *values: object) -> list[object]:
-    return [*values] if there else []
 
 
 def _p(score: Score) -> Number | None:
@@ -123,31 +115,25 @@ def _p(score: Score) -> Number | None:
 
 
 def _how(run: Run, tested: bool) -> str:
-    points_of = "In points of 0 to 100, the untouched base against the trained model. "
+    told = ["In points of 0 to 100, the untouched base against the trained model."]
+    sides = [{*run.evaluations[model]} for model in ("base", "model")]
+    if alone := sorted(sides[0] ^ sides[1]):
+        told.append(f"Scored on one side only, and left out: {', '.join(alone)}.")
     if not tested:
-        return points_of + "The differences are not tested: there is no comparison.json, so they may be chance."
-    assert run.comparison is not None
-    settings = run.comparison.settings
-    confidence = settings.get("confidence")
-    level = f"{100 * confidence:g} % intervals" if isinstance(confidence, int | float) else "Intervals"
-    resamples = f" from {settings['resamples']:,} resamples" if isinstance(settings.get("resamples"), int) else ""
-    return (
-        f"{points_of}{level}{resamples} of paired items; p is corrected by Holm's method. "
-        "▲ better, ▼ worse, ≈ no difference shown."
-    )
+        return " ".join([*told, "The differences are not tested: without comparison.json they may be chance."])
+    settings = run.comparison.settings if run.comparison else {}
+    if isinstance(confidence := settings.get("confidence"), float):
+        told.append(f"Intervals hold {100 * confidence:g} %; p is corrected for the number of tests (Holm).")
+    if test := settings.get("test"):
+        told.append(f"Test: {test}.")
+    return " ".join([*told, "▲ better, ▼ worse, ≈ no difference shown."])
 
 
 def _all_metrics(run: Run) -> Markup:
     rows = [
-        [
-            name(data_set),
-            metric_name(metric),
-            points(value),
-            points(run.evaluations["model"][data_set].metrics.get(metric)),
-        ]
-        for data_set, evaluation in run.evaluations["base"].items()
-        if data_set in run.evaluations["model"]
-        for metric, value in evaluation.metrics.items()
+        [name(one.dataset), metric_name(metric), points(value), points(other.metrics.get(metric))]
+        for one, other in in_both(run)
+        for metric, value in one.metrics.items()
     ]
     return table(["data set", "metric", "before", "after"], rows, "All metrics")
 
@@ -155,7 +141,7 @@ def _all_metrics(run: Run) -> Markup:
 def _scored(evaluations: dict[str, Evaluation]) -> Markup:
     rows = [
         [
-            name(data_set), Number(f"{found.n:,}"),
+            name(data_set), found.n,
             join(_said(role, text) for role, text in found.prompt.items()),
             ", ".join(f"{role} {length}" for role, length in found.max_length.items()),
             None if found.seconds is None else number(found.seconds, 3),
@@ -175,7 +161,7 @@ def _one_model(run: Run) -> Markup | None:
     if model is None:
         return None
     rows = [
-        [name(data_set), found.task.replace("_", " "), metric_name(metric), Number(f"{found.n:,}"), points(value)]
+        [name(data_set), found.task.replace("_", " "), metric_name(metric), found.n, points(value)]
         for data_set, found in run.evaluations[model].items()
         for metric, value in found.metrics.items()
     ]
@@ -197,14 +183,8 @@ def during_section(run: Run) -> Markup | None:
         at[run.steps[-1].step] = "model"
     lines: dict[str, list[tuple[float, float]]] = {}
     for step, model in sorted(at.items()):
-        listed = [
-            Score(one.dataset, one.task, "", one.n, 0.0, one.metrics[headline(one)])
-            for one in run.evaluations[model].values()
-            if one.metrics
-        ]
-        for task in {score.task: 0 for score in listed}:
-            value = mean(score.after for score in listed if score.task == task)
-            lines.setdefault(task, []).append((float(step), 100 * value))
+        for task, value in task_means(run.evaluations[model].values()).items():
+            lines.setdefault(task, []).append((step, 100 * value))
     charts = [
         line_chart(task.replace("_", " "), [Line(task, found, colour(task))], "step", "mean, points", steps=True)
         for task, found in lines.items()

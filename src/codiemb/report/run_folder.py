@@ -145,7 +145,7 @@ def _lines(path: Path, shape: type[Read]) -> tuple[list[Read], bool]:
     """The objects of a file of JSON lines, and whether its last line is left out because it was never finished."""
     if (text := _text(path)) is None:
         return [], False
-    found = []
+    found: list[Read] = []
     lines = text.split("\n")  # not splitlines: a text may hold other line ends
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -162,7 +162,9 @@ def _lines(path: Path, shape: type[Read]) -> tuple[list[Read], bool]:
 
 def _require_same_scores(run: Run) -> None:
     """Refuses a comparison of other scores than those that lie in eval/."""
-    for found in run.comparison.comparisons if run.comparison else []:
+    if run.comparison is None:
+        return
+    for found in run.comparison.comparisons:
         for line in found.data_sets:
             for model, value in ((run.comparison.reference, line.reference), (found.model, line.model)):
                 scored = run.evaluations.get(Path(model).name, {}).get(line.name)

@@ -46,18 +46,22 @@ class Score:
 
 def scores(run: Run, before: str = "base", after: str = "model") -> list[Score]:
     """By data set the headline metric of two models, for the data sets that both were scored on."""
-    one, other = run.evaluations.get(before, {}), run.evaluations.get(after, {})
     compared = run.comparison.of(after, before) if run.comparison else None
     tested = {line.name: line for line in compared.data_sets} if compared else {}
     found = []
-    for data_set in one:
-        if data_set in other:
-            line, metric = tested.get(data_set), headline(one[data_set])
-            if line and line.metric in one[data_set].metrics and line.metric in other[data_set].metrics:
-                metric = line.metric
-            scored = (evaluated.metrics.get(metric, 0.0) for evaluated in (one[data_set], other[data_set]))
-            found.append(Score(data_set, one[data_set].task, metric, one[data_set].n, *scored, line))
+    for one, other in in_both(run, before, after):
+        shared = [metric for metric in one.metrics if metric in other.metrics]
+        line = tested.get(one.dataset)
+        metric = line.metric if line and line.metric in shared else shared[0]
+        found.append(Score(one.dataset, one.task, metric, one.n, one.metrics[metric], other.metrics[metric], line))
     return found
+
+
+def in_both(run: Run, before: str = "base", after: str = "model") -> list[tuple[Evaluation, Evaluation]]:
+    """Data sets that two models were scored on by a common metric."""
+    of_before, of_after = run.evaluations.get(before, {}), run.evaluations.get(after, {})
+    pairs = [(one, of_after[data_set]) for data_set, one in of_before.items() if data_set in of_after]
+    return [(one, other) for one, other in pairs if one.metrics.keys() & other.metrics.keys()]
 
 
 def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]:
@@ -76,6 +80,15 @@ def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]
     of_all = tested.get("all")
     both = (of_all.reference, of_all.model) if of_all else _average(of_tasks)
     return [*of_tasks, Score("mean", "all", "", len(found), *both, of_all)]
+
+
+def task_means(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    """Mean headline of each task over its data sets."""
+    found: dict[str, list[float]] = {}
+    for one in evaluations:
+        if one.metrics:
+            found.setdefault(one.task, []).append(one.metrics[headline(one)])
+    return {task: mean(values) for task, values in found.items()}
 
 
 def _average(listed: Sequence[Score]) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from codiemb.report.bins import Stretches, stretches
 from codiemb.report.facts import Step
@@ -33,7 +33,7 @@ def loss_section(run: Run) -> Markup | None:
         charts = [chart(f"Loss, {title}", _by_source(steps, cut, colour(first)), cut, "loss")]
         parts = list(dict.fromkeys(part for step in steps for part in step.parts("loss")))
         for place, part in enumerate(parts if len(parts) > 1 else []):
-            line = series(part, steps, lambda step, part=part: step.parts("loss").get(part), cut, place)
+            line = series(part, steps, _part(part), cut, place)
             charts.append(chart(part, [line], cut, "loss, unweighted"))
         blocks += [element("h3", title), element("div", *charts, class_="figures")]
     lost = sum(step.loss is None or step.loss != step.loss for step in run.steps)
@@ -52,6 +52,10 @@ def _by_source(steps: Sequence[Step], cut: Stretches, colour_of_task: int) -> li
         series(source, [step for step in steps if step.source == source], _loss, cut, place)
         for place, source in enumerate(sources)
     ]
+
+
+def _part(name: str) -> Callable[[Step], float | None]:
+    return lambda step: step.parts("loss").get(name)
 
 
 def _loss(step: Step) -> float | None:
