@@ -30,10 +30,12 @@ from codiemb.encoder.adapters import merge_adapters, without_head
 from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
-from codiemb.errors import CheckpointError, ConfigError, DataError
+from codiemb.errors import CheckpointError, CodiembError, ConfigError, DataError
 from codiemb.evaluation.suite import HEADLINE, average, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import fuse, require_base
+from codiemb.report.page import write_report
+from codiemb.report.run_folder import read_comparison
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
@@ -54,6 +56,8 @@ RUN_FILES = (
     "model",
     "fused",
     "eval",
+    "comparison.json",
+    "conflict.jsonl",
     "report.html",
 )
 
@@ -177,7 +181,19 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             publish(run / WRITING, run / "model")
         barrier()
         fused = _fuse(trainer, config, suite) if config.fusion else None
+        if rank() == 0:
+            _tell(run, prepared, base, trained)
     return TrainResult(run / "model", base, trained, suite, fused)
+
+
+def _tell(run: Path, prepared: Prepared, base: Results, trained: Results) -> None:
+    """The report, and the card again once there are tests; a report that cannot be made does not undo a training."""
+    try:
+        if comparison := read_comparison(run):
+            write_card(run / "model", prepared.config, prepared.report, base, trained, prepared.suite, comparison)
+        logger.info(f"report {write_report(run)}")
+    except CodiembError as error:
+        logger.warning(f"no report: {error}")
 
 
 def _fuse(trainer: JointTrainer, config: Config, suite: list[Source]) -> Results | None:
