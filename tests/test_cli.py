@@ -81,6 +81,13 @@ def test_evaluation_knows_no_training():
     assert not of_ours(imports_of_folder("evaluation")) & {"codiemb.training", "codiemb.losses", "codiemb.batching"}
 
 
+def test_the_report_reads_files_and_nothing_else():
+    """What it shows was computed by others: it has nothing of them but their files."""
+    imports = imports_of_folder("report")
+    assert of_ours(imports) <= {"codiemb.report", "codiemb.errors", "codiemb.files", "codiemb.tasks"}
+    assert not {name.split(".")[0] for name in imports} & {*HEAVY} - {"pyarrow"}
+
+
 def test_only_one_file_calls_torch_distributed():
     users = [
         file.relative_to(SRC).as_posix()

@@ -176,6 +176,12 @@ def _search(
         print(search.best(trials, arguments.search, settings, arguments.trials or 50))
 
 
+def report(arguments: argparse.Namespace) -> None:
+    from codiemb.report.page import write_report
+
+    print(f"report {write_report(Path(arguments.run_dir))}")
+
+
 def _parameter(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
@@ -271,4 +277,7 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("--trials", type=int, metavar="N", help="of --search layers (default: 50)")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
+
+    reported = verb(report, "tell a run on one HTML page, from its files")
+    reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
     return parser

@@ -81,6 +81,22 @@ def test_truncated_tokens(report):
     assert tokens["query"]["truncated"] == 0
 
 
+def test_histogram_of_lengths(report):
+    """Stretches that are too wide hide the middle, and one very long text must not make them so.
+
+    198 queries of 2 to 48 tokens and one of 1,000: the 99th percentile is 48, so stretches are 3 wide, of which 48 is
+    in the last but one, number 16; the long one is in the last.
+    """
+    words = [*(2 + n % 47 for n in range(188)), *[48] * 10, 1000]
+    rows = [{"query": f"{n} " + "w " * (count - 1), "positives": [f"a b c d {n}"]} for n, count in enumerate(words)]
+    tokens = report(questions=rows).content["sources"]["questions"]["tokens"]["query"]
+    assert (tokens["p99"], tokens["max"]) == (48, 1000)
+    counts = tokens["histogram"]["counts"]
+    assert tokens["histogram"]["width"] == 3
+    assert counts == [sum(count // 3 == place for count in words) for place in range(17)] + [1]
+    assert len(json.dumps(tokens["histogram"])) < 200
+
+
 def test_no_limit_truncates_nothing(report):
     tokens = report().content["sources"]["pairs"]["tokens"]["similarity"]
     assert (tokens["max_length"], tokens["truncated"], tokens["p50"]) == (None, 0, 2)

@@ -62,6 +62,8 @@ def test_a_run_leaves_the_files_of_the_contract(config_file, tmp_path):
     assert_equal_weights(run / "checkpoint-14", run / "model", rtol=0, atol=0)
     card = (run / "model" / "README.md").read_text()
     assert "| pairs | similarity | spearman |" in card
+    page = (run / "report.html").read_text()
+    assert all(f'<section id="{part}">' in page for part in ("results", "loss", "schedule", "cost", "data", "settings"))
     reused = load_config(run / "config.yaml")
     assert reused.model_dump() == load_config(config_file).model_dump()
     saved = SentenceTransformer(str(run / "model"))

@@ -22,6 +22,7 @@ from codiemb.tasks.task import PairLosses
 
 SAMPLE = 2000  # rows of a source whose texts are tokenised
 BINS = 10
+LENGTH_BINS = 24
 
 
 class Tokenizer(Protocol):
@@ -201,8 +202,16 @@ def _token_lengths(source: Records, tokenizer: Tokenizer, lengths: dict[Role, in
         result[str(role)] = {
             "p50": p50, "p90": p90, "p99": p99, "max": int(counts.max()),
             "max_length": kept, "truncated": truncated, "sampled_texts": len(listed),
+            "histogram": _histogram(counts, p99),
         }  # fmt: skip
     return result
+
+
+def _histogram(lengths: np.ndarray, far: int) -> dict[str, Any]:
+    """Counts of lengths in stretches of `width` from 0 on; the last one, past `far`, holds what is longer too."""
+    width = far // LENGTH_BINS + 1
+    places = np.minimum(lengths // width, far // width + 1)
+    return {"width": width, "counts": np.bincount(places).tolist()}
 
 
 def _scores(source: Records) -> tuple[dict[str, Any], list[str]]:

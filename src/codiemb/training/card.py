@@ -7,15 +7,31 @@ from pathlib import Path
 
 from codiemb.config import Config, Source, dump_config
 from codiemb.data.checks import Report
+from codiemb.files import write_whole
+from codiemb.report.facts import Comparison, Difference
 
 Results = dict[str, dict[str, float]]
+_TESTED = "Intervals and verdicts are of paired tests on each query or pair, corrected for the number of tests."
+_UNTESTED = "The differences are not tested."
 
 
 def write_card(
-    folder: Path, config: Config, report: Report, base: Results, trained: Results, suite: list[Source]
+    folder: Path,
+    config: Config,
+    report: Report,
+    base: Results,
+    trained: Results,
+    suite: list[Source],
+    comparison: Comparison | None = None,
 ) -> None:
-    """Writes `README.md` into a model folder, in the form the Hugging Face hub reads."""
+    """Writes `README.md` into a model folder, in the form the Hugging Face hub reads.
+
+    Args:
+        comparison: of the base with `model`, for the intervals and marks of what it tested.
+    """
     tasks = {source.name: source.task for source in suite}
+    compared = comparison.of("model") if comparison else None
+    tested = {(line.name, line.metric): line for line in compared.data_sets} if compared else {}
     head = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
@@ -23,7 +39,8 @@ def write_card(
         "tags": ["sentence-transformers", "feature-extraction", "codiemb"],
     }
     scores = [
-        f"| {name} | {tasks[name]} | {metric} | {100 * base[name][metric]:.2f} | {100 * value:.2f} |"
+        f"| {name} | {tasks[name]} | {metric} | {100 * base[name][metric]:.2f} | {100 * value:.2f} | "
+        f"{100 * (value - base[name][metric]):+.2f} |{_tested(tested.get((name, metric)))}"
         for name, metrics in trained.items()
         for metric, value in metrics.items()
     ]
@@ -53,9 +70,11 @@ pairs = model.encode(["...", "..."], prompt_name="similarity")
 
 In points of 0 to 100, on the untouched base and on this model, with the prompts and lengths saved here.
 
-| data set | task | metric | base | this model |
-|---|---|---|---:|---:|
-{chr(10).join(scores) or "| no suite was configured | | | | |"}
+| data set | task | metric | before | after | difference | interval | |
+|---|---|---|---:|---:|---:|---|---|
+{chr(10).join(scores) or "| no suite was configured | | | | | | | |"}
+
+{_TESTED if tested else _UNTESTED}
 
 ## Training data
 
@@ -69,4 +88,12 @@ In points of 0 to 100, on the untouched base and on this model, with the prompts
 {dump_config(config).rstrip()}
 ```
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", text)
+
+
+def _tested(line: Difference | None) -> str:
+    """The last two cells of a row."""
+    if line is None:
+        return " | |"
+    bounds = f"[{100 * line.interval[0]:+.2f}, {100 * line.interval[1]:+.2f}]" if line.interval else ""
+    return f" {bounds} | {line.verdict} |"

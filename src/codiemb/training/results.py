@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from codiemb.config import Source
-from codiemb.errors import EvaluationError
+from codiemb.errors import CodiembError, EvaluationError
 from codiemb.evaluation.comparison import compare, write_comparison
 from codiemb.evaluation.suite import HEADLINE, average
+from codiemb.report.page import write_report
 from codiemb.training.merging import Results
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,14 @@ def compare_run(run: Path, evaluated: Sequence[str]) -> dict[str, Any] | None:
         return None
     write_comparison(run / "comparison.json", found)
     return found
+
+
+def report_run(run: Path) -> None:
+    """Writes report.html; one that cannot be made does not undo a training."""
+    try:
+        logger.info(f"report {write_report(run)}")
+    except CodiembError as error:
+        logger.warning(f"no report: {error}")
 
 
 def results_table(result: TrainResult) -> str:

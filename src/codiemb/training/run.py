@@ -34,12 +34,13 @@ from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
+from codiemb.report.run_folder import read_comparison
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed, facts_of, require_same_run
 from codiemb.training.merging import Results, averaged_encoder, merge_run
-from codiemb.training.results import TrainResult, compare_run
+from codiemb.training.results import TrainResult, compare_run, report_run
 from codiemb.training.sharding import loading_whole, require_devices
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
@@ -56,6 +57,7 @@ RUN_FILES = (
     "fused",
     "eval",
     "comparison.json",
+    "conflict.jsonl",
     "report.html",
 )
 
@@ -164,13 +166,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         if rank() == 0:
             save_encoder(encoder, run / WRITING / "model")
         trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
+        comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
         if rank() == 0:
-            write_card(run / WRITING / "model", prepared.config, prepared.report, base, trained, suite)
+            tested = read_comparison(run) if comparison else None
+            write_card(run / WRITING / "model", prepared.config, prepared.report, base, trained, suite, tested)
             publish(run / WRITING / "model", run / "model")
         barrier()
         fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
-        comparison = on_first(lambda: compare_run(run, ["base", "model", *fused])) if suite else None
-        on_first(lambda: clean(run))
+        if fused and suite:
+            comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
+        if rank() == 0:
+            clean(run)
+            report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
 
 

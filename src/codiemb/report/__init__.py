@@ -1,0 +1,1 @@
+"""A run folder told on one page: `report.html`. Reads files, computes nothing anew, and imports no torch."""

@@ -1,0 +1,137 @@
+"""Fused models beside the base and the trained one, and the front between retrieval and similarity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from codiemb.report.facts import Fusion, Pareto, Trial
+from codiemb.report.markup import Markup, element, fold, interval, name, number, points, section, signed, table
+from codiemb.report.results import mark
+from codiemb.report.run_folder import Run
+from codiemb.report.scatter import Point, scatter
+from codiemb.report.scores import task_means
+
+
+def fusion_section(run: Run) -> Markup | None:
+    """What was merged, its scores, trials and front; None if nothing was."""
+    fused = [model for model in run.fusions if model in run.evaluations]
+    trials = run.trials or [one for found in run.fusions.values() for one in found.trials]
+    trials = run.pareto.points if run.pareto else trials
+    if not run.fusions and not trials:
+        return None
+    return section(
+        "fusion",
+        "Fusion of checkpoints",
+        "Checkpoints merged into one model, beside the model at the end of the training.",
+        _scores(run, fused) if fused else None,
+        element("div", *_figures(run, fused, trials), class_="figures"),
+        _recipes(run.fusions) if run.fusions else None,
+        fold(f"All {len(trials)} trials", _trials(trials)) if trials else None,
+    )
+
+
+def _scores(run: Run, fused: list[str]) -> Markup:
+    models = [model for model in ("base", "model", *fused) if model in run.evaluations]
+    means = {model: task_means(run.evaluations[model].values()) for model in models}
+    tasks = list(dict.fromkeys(task for found in means.values() for task in found))
+    rows = []
+    for model in models:
+        compared = run.comparison.of(model) if run.comparison and model != "base" else None
+        overall = next((line for line in compared.means if line.task == "all"), None) if compared else None
+        average = mean(means[model].values()) if means[model] else None
+        change = average - mean(means["base"].values()) if average is not None and means.get("base") else None
+        rows.append(
+            [
+                name({"base": "base", "model": "trained model"}.get(model, f"fused: {model}")),
+                *(points(means[model].get(task)) for task in tasks), points(average),
+                signed(overall.difference if overall else change) if model != "base" else None,
+                interval(overall.interval) if overall else None,
+                mark(overall.verdict if overall else "") if model != "base" else "",
+            ]
+        )  # fmt: skip
+    of_tasks = [f"mean {task.replace('_', ' ')}" for task in tasks]
+    header = ["model", *of_tasks, "mean of the tasks", "against base", "interval", "mark"]
+    return table(header, rows, "Fused models")
+
+
+def _figures(run: Run, fused: list[str], trials: list[Trial]) -> list[Markup]:
+    """Retrieval against similarity: the models of the run, and the trials of a search."""
+    figures = []
+    dots = []
+    for model in ("base", "model", *fused):
+        found = task_means(run.evaluations.get(model, {}).values())
+        if {"retrieval", "similarity"} <= found.keys():
+            kind = "fused" if model in fused else model
+            dots.append(Point(model, 100 * found["retrieval"], 100 * found["similarity"], kind, True))
+    if fused and len(dots) > 1:
+        labels = ("mean retrieval, points", "mean similarity, points")
+        figures.append(scatter("Models of this run", dots, *labels, about="Up and to the right is better."))
+    tasks = run.pareto.tasks if run.pareto else [*trials[0].scores] if trials else []
+    if len(tasks) == 2 and all({*tasks} <= one.scores.keys() for one in trials):
+        figures.append(_front_figure(trials, tasks, run.pareto))
+    return figures
+
+
+def _front_figure(trials: list[Trial], tasks: list[str], pareto: Pareto | None) -> Markup:
+    at = [(one.scores[tasks[0]], one.scores[tasks[1]]) for one in trials]
+    front = pareto.front if pareto else _front(at)
+    knee = pareto.knee if pareto else None
+    marks = [
+        Point("knee", 100 * x, 100 * y, "knee", True)
+        if place == knee
+        else Point(what(one), 100 * x, 100 * y, "onfront" if place in front else "behind")
+        for place, (one, (x, y)) in enumerate(zip(trials, at, strict=True))
+    ]
+    title, about = ("Pareto front" if pareto else "Trials"), "The line joins the models that no other beats in both."
+    return scatter(title, marks, f"{tasks[0]}, points", f"{tasks[1]}, points", about=about, front=front)
+
+
+def _front(found: list[tuple[float, float]]) -> list[int]:
+    """Places that no other is as good as in both and better in one, by their first value."""
+    beaten = {n for n, (x, y) in enumerate(found) if any(a >= x and b >= y and (a > x or b > y) for a, b in found)}
+    return sorted(set(range(len(found))) - beaten, key=lambda place: found[place])
+
+
+def what(trial: Trial) -> str:
+    """Checkpoints and settings in short."""
+    names = ", ".join("/".join(Path(path).parts[-2:]) for path in trial.checkpoints)
+    settings = ", ".join(f"{key} {_short(value)}" for key, value in trial.settings.items())
+    return f"{names}: {settings or 'alone'}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ":".join(_short(one) for one in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _trials(trials: list[Trial]) -> Markup:
+    tasks = list(dict.fromkeys(task for one in trials for task in one.scores))
+    rows = []
+    for one in trials:
+        average = mean(one.scores.values()) if one.scores else None
+        rows.append([name(what(one)), *(points(one.scores.get(task)) for task in tasks), points(average)])
+    return table(["checkpoints and settings", *tasks, "mean"], rows, "Trials")
+
+
+def _recipes(fusions: dict[str, Fusion]) -> Markup:
+    rows = []
+    for folder, found in fusions.items():
+        parents = [Path(str(parent.get("path", ""))).name for parent in found.parents]
+        numbers = [number(found.scale), number(found.delta_length)]
+        rows.append([name(folder), found.method, ", ".join(parents), _weights(found.weights), *numbers])
+    header = ["folder", "method", "checkpoints", "weights", "scale", "length of the change"]
+    return table(header, rows, "Recipes of the fusions")
+
+
+def _weights(weights: Any) -> str:
+    """Weights in a line: those of the whole model, or the mean over tensors."""
+    if not isinstance(weights, dict):
+        return weights if isinstance(weights, str) else ""
+    rows = [row for row in weights.values() if isinstance(row, list) and all(isinstance(one, float) for one in row)]
+    if len({len(row) for row in rows}) != 1:
+        return ""
+    shown = ", ".join(f"{mean(column):.3f}" for column in zip(*rows, strict=True))
+    return shown if len(rows) == 1 else f"{shown} (mean over {len(rows)} tensors)"

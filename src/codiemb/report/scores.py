@@ -1,0 +1,125 @@
+"""Scores before and after, by data set and in the mean, with what a comparison says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from codiemb.report.axes import Axis
+from codiemb.report.facts import Difference, Evaluation
+from codiemb.report.run_folder import Run
+from codiemb.tasks import TASKS
+
+METRICS = {
+    "ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "map": "MAP", "recall_at_100": "recall@100",
+    "spearman": "Spearman", "pearson": "Pearson",
+}  # fmt: skip
+VERDICTS = {"better": ("better", "▲"), "worse": ("worse", "▼"), "no difference shown": ("same", "≈")}
+UNTESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A data set or a mean, before and after. `tested` is its line of the comparison, if there is one."""
+
+    name: str
+    task: str
+    metric: str
+    n: int | None
+    before: float
+    after: float
+    tested: Difference | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.after - self.before
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return self.tested.interval if self.tested else None
+
+    @property
+    def verdict(self) -> str:
+        return self.tested.verdict if self.tested else UNTESTED
+
+
+def scores(run: Run, before: str = "base", after: str = "model") -> list[Score]:
+    """By data set the headline metric of two models, for the data sets that both were scored on."""
+    compared = run.comparison.of(after, before) if run.comparison else None
+    tested = {line.name: line for line in compared.data_sets} if compared else {}
+    found = []
+    for one, other in in_both(run, before, after):
+        shared = [metric for metric in one.metrics if metric in other.metrics]
+        line = tested.get(one.dataset)
+        metric = line.metric if line and line.metric in shared else shared[0]
+        found.append(Score(one.dataset, one.task, metric, one.n, one.metrics[metric], other.metrics[metric], line))
+    return found
+
+
+def in_both(run: Run, before: str = "base", after: str = "model") -> list[tuple[Evaluation, Evaluation]]:
+    """Data sets that two models were scored on by a common metric."""
+    of_before, of_after = run.evaluations.get(before, {}), run.evaluations.get(after, {})
+    pairs = [(one, of_after[data_set]) for data_set, one in of_before.items() if data_set in of_after]
+    return [(one, other) for one, other in pairs if one.metrics.keys() & other.metrics.keys()]
+
+
+def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]:
+    """Of each task over its data sets, and over the tasks if there are several."""
+    compared = run.comparison.of(after) if run.comparison else None
+    tested = {line.task: line for line in compared.means} if compared else {}
+    by_task: dict[str, list[Score]] = {}
+    for score in found:
+        by_task.setdefault(score.task, []).append(score)
+    of_tasks = [
+        Score(task, task, one_metric(listed), len(listed), *_average(listed), tested.get(task))
+        for task, listed in by_task.items()
+    ]
+    if len(of_tasks) < 2:
+        return of_tasks
+    of_all = tested.get("all")
+    both = (of_all.reference, of_all.model) if of_all else _average(of_tasks)
+    return [*of_tasks, Score("mean", "all", "", len(found), *both, of_all)]
+
+
+def task_means(evaluations: Iterable[Evaluation]) -> dict[str, float]:
+    """Mean headline of each task over its data sets."""
+    found: dict[str, list[float]] = {}
+    for one in evaluations:
+        if one.metrics:
+            found.setdefault(one.task, []).append(one.metrics[headline(one)])
+    return {task: mean(values) for task, values in found.items()}
+
+
+def _average(listed: Sequence[Score]) -> tuple[float, float]:
+    return mean(score.before for score in listed), mean(score.after for score in listed)
+
+
+def one_metric(listed: Sequence[Score]) -> str:
+    return listed[0].metric if len({score.metric for score in listed}) == 1 else ""
+
+
+def headline(evaluation: Evaluation) -> str:
+    return next(iter(evaluation.metrics), "")
+
+
+def metric_name(metric: str) -> str:
+    return METRICS.get(metric, metric)
+
+
+def kind(verdict: str) -> str:
+    return VERDICTS.get(verdict, ("untested", ""))[0]
+
+
+def across(found: Iterable[Score]) -> Axis:
+    """The axis that all differences of a table share; it holds 0."""
+    ends = [0.0]
+    for score in found:
+        ends += [score.difference, *(score.interval or ())]
+    room = max(max(ends) - min(ends), 1e-3) * 0.04
+    return Axis(min(ends) - room, max(ends) + room, 6, 154)
+
+
+def colour(task: str) -> int:
+    """One colour to a task, everywhere."""
+    return [*TASKS].index(task) if task in TASKS else len(TASKS)
