@@ -1,8 +1,8 @@
 """Do the tests of `codiemb compare` hold what they promise? Size, power and coverage on data whose truth is known.
 
-    OMP_NUM_THREADS=1 python benchmarks/significance.py [--draws 2000] [--resamples 999]
+    OMP_NUM_THREADS=1 python benchmarks/significance.py [--draws 2000] [--resamples 999] [--only WORDS]
 
-Each line of `one_evaluation_each` draws two models many times and compares them as the command does:
+Each draws two models many times and compares them as the command does, by default on all cores:
 
     rejected    in percent of the draws, at the level 5 %: the size where the true difference is 0, else the power
     theory      the power of a normal test with the true standard error, in percent
@@ -13,11 +13,11 @@ the truth, with labels in steps as in STS-B. `unequal` models are equally good b
 the other does not, so they cannot be exchanged for each other. True differences and standard errors come from a million
 items.
 
-`seeds` lists trainings of several seeds each, with nothing between them but chance, or with a difference; beside our
-test, a bootstrap that draws seeds and items, and the paired test of items alone. `holm`: how often any of five true
-null hypotheses out of eight is rejected, with and without the correction.
+Cases of seeds are trainings of several seeds each; beside our test, a bootstrap that draws seeds and items, and the
+paired test of items alone. `holm`: how often any of five true null hypotheses out of eight is rejected, with and
+without the correction. `seconds`: of one data set with two models and 10,000 resamples.
 
-Prints one JSON line.
+Prints one JSON line for each case.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def one_evaluation_each(sources: list[Draw], count: int, differ: bool, draws: in
 
 
 def seeds(
-    numbers: tuple[int, int], spread: float, gain: float, draws: int, resamples: int, items: int = 200
+    numbers: tuple[int, int], spread: float, gain: float, draws: int, resamples: int, items: int = 100
 ) -> dict[str, Any]:
     """Scores are query + seed + seed by query, and a model's own part of each query; [seed, item]."""
     random, count = np.random.default_rng(1), {"ours": 0, "bootstrap of seeds and items": 0, "items alone": 0}
@@ -188,16 +188,17 @@ def holm(draws: int) -> dict[str, Any]:
     }
 
 
-def seconds(items: int) -> dict[str, Any]:
+def seconds() -> dict[str, Any]:
     """Of one data set, two models, 10,000 resamples."""
     random = np.random.default_rng(3)
     found = {}
-    for name, source in (("nDCG", search), ("Spearman", pairs)):
-        values, labels = source(random, items)
-        began = time.perf_counter()
-        compared(values, labels, 10_000, random).test(0.95)
-        found[name] = round(time.perf_counter() - began, 2)
-    return {"items": items, **found}
+    for items in (1000, 5000):
+        for name, source in (("nDCG", search), ("Spearman", pairs)):
+            values, labels = source(random, items)
+            began = time.perf_counter()
+            compared(values, labels, 10_000, random).test(0.95)
+            found[f"{name}, {items} items"] = round(time.perf_counter() - began, 2)
+    return {"seconds_of_a_data_set": found}
 
 
 def single() -> dict[str, tuple[list[Draw], int, bool]]:
@@ -210,8 +211,8 @@ def single() -> dict[str, tuple[list[Draw], int, bool]]:
         "nDCG, difference": ([better_search], 400, True),
         "Spearman, no difference": ([pairs], 200, False),
         "Spearman, no difference, unequal": ([unequal_pairs], 200, False),
-        "Spearman, no difference, more pairs": ([pairs], 500, False),
-        "Spearman, difference": ([worse_pairs], 400, True),
+        "Spearman, no difference, more pairs": ([pairs], 400, False),
+        "Spearman, difference": ([worse_pairs], 300, True),
         "mean of both, no difference": ([search, pairs], 100, False),
         "mean of both, difference": ([better_search, partial(pairs, noise=(0.4, 0.35))], 200, True),
         "nDCG, few queries": ([search], 50, False),
@@ -219,36 +220,39 @@ def single() -> dict[str, tuple[list[Draw], int, bool]]:
     }
 
 
-SEEDS = [  # of either model, spread of seeds, difference
-    ((3, 3), 0.0, 0.0),
-    ((3, 3), 0.01, 0.0),
-    ((3, 3), 0.03, 0.0),
-    ((5, 5), 0.01, 0.0),
-    ((1, 3), 0.03, 0.0),
-    ((3, 3), 0.01, 0.04),
-]
+SEEDS = {  # seeds of either model, their spread, difference
+    "seeds, none differ": ((3, 3), 0.0, 0.0),
+    "seeds, no difference": ((3, 3), 0.01, 0.0),
+    "seeds, no difference, wide": ((3, 3), 0.03, 0.0),
+    "seeds, no difference, five": ((5, 5), 0.01, 0.0),
+    "seeds, no difference, untrained reference": ((1, 3), 0.03, 0.0),
+    "seeds, difference": ((3, 3), 0.01, 0.04),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=999)
+    parser.add_argument("--only", default="", metavar="WORDS", help="cases whose name begins so")
     arguments = parser.parse_args()
     draws, resamples = arguments.draws, arguments.resamples
-    began = time.perf_counter()
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
+        name: partial(one_evaluation_each, *case, draws, resamples) for name, case in single().items()
+    }
+    cases |= {name: partial(seeds, *case, draws, resamples) for name, case in SEEDS.items()}
+    cases |= {"holm": partial(holm, draws), "seconds": seconds}
+    chosen = {name: case for name, case in cases.items() if name.startswith(arguments.only)}
+    facts = {"machine": machine(), "versions": versions(), "commit": commit()}
     with ProcessPoolExecutor() as pool:
-        cases = {name: pool.submit(one_evaluation_each, *case, draws, resamples) for name, case in single().items()}
-        trainings = [pool.submit(seeds, *case, draws, resamples) for case in SEEDS]
-        line = {
-            "benchmark": "significance",
-            "draws": draws,
-            "resamples": resamples,
-            "one_evaluation_each": {name: case.result() for name, case in cases.items()},
-            "seeds": [training.result() for training in trainings],
-        }
-    line |= {"holm": holm(draws), "seconds_of_simulation": round(time.perf_counter() - began)}
-    line |= {"seconds_of_one_data_set": [seconds(items) for items in (1000, 5000)]}
-    print(json.dumps({**line, "machine": machine(), "versions": versions(), "commit": commit()}))
+        for name, found in zip(chosen, pool.map(timed, chosen.values()), strict=True):
+            line = {"benchmark": "significance", "case": name, "draws": draws, "resamples": resamples, **found}
+            print(json.dumps({**line, **facts}), flush=True)
+
+
+def timed(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    began = time.perf_counter()
+    return {**case(), "seconds": round(time.perf_counter() - began, 1)}
 
 
 if __name__ == "__main__":

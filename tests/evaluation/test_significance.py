@@ -1,5 +1,11 @@
 """Tests and intervals of differences: against SciPy, by hand, and on data whose truth is known."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -150,3 +156,23 @@ def test_size_and_coverage_on_models_that_do_not_differ(kind):
         rejected, covered = rejected + (p <= 0.05), covered + (low <= 0 <= high)
     assert 0.017 <= rejected / draws <= 0.083
     assert covered / draws >= 0.91
+
+
+@pytest.mark.slow
+def test_the_benchmark_finds_what_theory_says():
+    """All of benchmarks/significance.py with few draws; bounds of four standard errors. It is what the docs show."""
+    script = Path(__file__).parents[2] / "benchmarks" / "significance.py"
+    command = [sys.executable, str(script), "--draws", "200", "--resamples", "199"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert shown.returncode == 0, shown.stderr
+    lines = {line["case"]: line for line in map(json.loads, shown.stdout.splitlines())}
+    single = {name: line for name, line in lines.items() if "theory" in line}
+    seeds = {name: line for name, line in lines.items() if "spread_of_seeds" in line}
+    assert (len(single), len(seeds), len(lines)) == (11, 6, 19)
+    for name, line in single.items():
+        error = 100 * (line["theory"] / 100 * (1 - line["theory"] / 100) / 200) ** 0.5
+        assert line["rejected"] == pytest.approx(line["theory"], abs=4 * error), name
+        assert line["covered"] >= 88, name
+    for name, line in seeds.items():
+        assert line["covered"]["ours"] >= 90, name
+    assert lines["holm"]["any false finding, corrected"] < 10 < lines["holm"]["any false finding, uncorrected"]
