@@ -1,10 +1,12 @@
 """mteb's own evaluators beside ours, and its tasks inside a suite. Skipped where mteb is not installed."""
 
 import json
+import random as standard
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from codiemb.config import load_suite
@@ -197,6 +199,15 @@ def test_our_evaluations_equal_those_of_mteb(tiny_encoder, suites, tmp_path):
     assert (written["task"], written["mteb"]["path"], written["n"]) == ("classification", "nobody/OurClasses", 45)
 
 
+def test_the_seeds_of_a_training_are_its_own(tiny_encoder, suites):
+    """mteb sets those of the whole process whenever it makes a task; dropout would repeat after each evaluation."""
+    standard.seed(7), np.random.seed(7), torch.manual_seed(7)
+    before = standard.random(), np.random.rand(), torch.rand(1)
+    standard.seed(7), np.random.seed(7), torch.manual_seed(7)
+    evaluate(tiny_encoder, suites[1])
+    assert (standard.random(), np.random.rand(), torch.rand(1)) == before
+
+
 def test_reranking_equals_mteb(tiny_encoder, tmp_path):
     rows = []
     for query, gains in GAINS.items():
@@ -227,8 +238,6 @@ def test_metrics_equal_those_of_mteb_on_random_data_with_ties():
 
     embeddings = random.normal(size=(200, 4)).astype(np.float32).round(1)
     names = np.array([f"l{n % 5}" for n in range(200)])
-    import random as standard
-
     theirs, _ = _evaluate_clustering_bootstrapped(
         embeddings,
         [[name] for name in names],

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import numpy as np
+import torch
 
 from codiemb.config import DataSet
 from codiemb.errors import ConfigError, EvaluationError
@@ -37,6 +42,19 @@ class MtebTask:
         return json.dumps(asdict(self))
 
 
+@contextlib.contextmanager
+def seeds_kept() -> Iterator[None]:
+    """Inside, mteb sets the seeds of the whole process, as it does; a training around it goes on with its own."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
+
+
+@seeds_kept()
 def task_of(name: str, subsets: list[str] | None, where: str) -> str:
     """The task, in our words, of a task of mteb.
 
@@ -51,6 +69,7 @@ def task_of(name: str, subsets: list[str] | None, where: str) -> str:
     return TYPES[kind]
 
 
+@seeds_kept()
 def load(source: DataSet) -> MtebTask:
     from importlib.metadata import version
 
@@ -60,6 +79,7 @@ def load(source: DataSet) -> MtebTask:
     return MtebTask(task.metadata.name, data["path"], data["revision"], splits, subsets, version("mteb"))
 
 
+@seeds_kept()
 def evaluate(encoder: Encoder, source: DataSet, data: MtebTask, bf16: bool = False) -> Scores | None:
     """What mteb finds, under our names; None but on the first rank."""
     from codiemb.evaluation.mteb_run import run
@@ -103,6 +123,7 @@ def _get(name: str, subsets: list[str] | None, where: str) -> Any:
     return mteb.get_task(name, hf_subsets=subsets) if subsets else task
 
 
+@seeds_kept()
 def require_data(sources: Sequence[DataSet]) -> None:
     """Loads the data of every task once, from the Hugging Face cache or hub, and lets go of them again.
 
