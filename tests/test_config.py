@@ -1,6 +1,7 @@
 """What a configuration says after it is read: defaults, overrides, paths, and every fault told at once."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 
 from codiemb.config import Config, Evaluation, dump_config, load_config, load_suite
 from codiemb.errors import CodiembError, ConfigError, short
+from codiemb.tasks import TASKS
 
 MINIMAL = """\
 output_dir: run
@@ -189,3 +191,32 @@ def test_the_shipped_demo_config_is_valid():
     assert config.evaluation.suite is not None
     assert all(os.path.exists(source.path) for source in [*config.data, *load_suite(config.evaluation.suite)])
     assert yaml.safe_load(dump_config(config))["batching"]["schedule"] == "paired"
+
+
+def test_an_unknown_ready_suite_is_told_with_the_known():
+    with pytest.raises(
+        ConfigError, match=r"suite nano-bier: got nothing there.* cmteb-ir-sts, mteb-eng-ir-sts, nano-beir"
+    ):
+        load_suite("nano-bier")
+
+
+def test_a_ready_suite_stands_behind_a_file_of_its_name(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("output_dir: run\nmodel: {base: m}\ndata: [{name: a, task: retrieval, path: a.jsonl}]\n")
+    found = Path(load_config(path, ["evaluation.suite=nano-beir"]).evaluation.suite)
+    assert (found.name, found.parent.name) == ("nano-beir.yaml", "suites")
+    (tmp_path / "nano-beir").write_text("- {name: a, task: retrieval, path: a.jsonl}\n")
+    found = load_config(path, ["evaluation.suite=nano-beir"]).evaluation.suite
+    assert [source.name for source in load_suite(found)] == ["a"]
+
+
+def test_a_suite_without_mteb_installed_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    (tmp_path / "suite.yaml").write_text("- {mteb: STS12}\n")
+    with pytest.raises(ConfigError, match=r"mteb: STS12: got no package mteb.*pip install 'codiemb\[mteb\]'"):
+        load_suite(tmp_path / "suite.yaml")
+
+
+def test_the_template_of_a_suite_can_be_read():
+    suite = load_suite(Path(__file__).parents[1] / "recipes" / "suite.yaml")
+    assert {source.task for source in suite} == set(TASKS)

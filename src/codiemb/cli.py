@@ -113,6 +113,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
         distributed.finish()
 
 
+def encode(arguments: argparse.Namespace) -> None:
+    from codiemb.encoder.location import locate
+
+    model, input, output = locate(arguments.model), Path(arguments.input), Path(arguments.output)
+    _ready_for_models()
+    import torch
+
+    from codiemb.encoder.encode_file import encode_file, require_output
+    from codiemb.encoder.model import open_model
+
+    require_output(output, input)
+    encoder = open_model(model, dtype=torch.float32)
+    count = encode_file(encoder, input, output, columns=arguments.column, role=arguments.role, bf16=arguments.bf16)
+    print(f"{count} embeddings of {encoder.get_embedding_dimension()} dimensions in {output}")
+
+
 def compare(arguments: argparse.Namespace) -> None:
     from codiemb.evaluation.comparison import compare, write_comparison
     from codiemb.evaluation.scored import models_of
@@ -234,10 +250,27 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluated = verb(evaluate, "score models on a suite of data sets")
     evaluated.add_argument("models", nargs="+", metavar="MODEL", help="a folder, a hub id, or bundled:NAME")
-    evaluated.add_argument("--suite", required=True, metavar="SUITE", help="a YAML list of data sets")
+    evaluated.add_argument(
+        "--suite", required=True, metavar="SUITE", help="a YAML list of data sets, or a ready suite's name"
+    )
     evaluated.add_argument("--out", required=True, metavar="DIR", help="where <model>/<dataset>.json are written")
     evaluated.add_argument("--data-root", metavar="DIR", help="folder the suite's paths start from (default: its own)")
     evaluated.add_argument("--bf16", action="store_true", help="encode in bf16: faster, scores move a little")
+
+    encoded = verb(encode, "embed the texts of a file, of any length, in the file's order")
+    encoded.add_argument("model", metavar="MODEL", help="a folder, a hub id, or bundled:NAME")
+    encoded.add_argument("--input", required=True, metavar="FILE", help="JSONL, Parquet, CSV; else a text a line")
+    encoded.add_argument("--output", required=True, metavar="FILE", help="a .parquet or .npy file")
+    encoded.add_argument(
+        "--column", nargs="+", default=["text"], help="column(s) of the text, joined by a space (default: text)"
+    )
+    encoded.add_argument(
+        "--role",
+        choices=["query", "document", "similarity"],
+        default="document",
+        help="whose prompt and length are used (default: %(default)s)",
+    )
+    encoded.add_argument("--bf16", action="store_true", help="encode in bf16: faster, embeddings move a little")
 
     compared = verb(compare, "tell whether models differ by more than chance, from their evaluations")
     compared.add_argument(

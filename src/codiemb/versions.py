@@ -14,6 +14,7 @@ PACKAGES = (
     "datasets",
     "numpy",
     "scipy",
+    "scikit-learn",
     "pytrec-eval-terrier",
 )
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from codiemb.config import load_suite
 from codiemb.encoder import engine
 from codiemb.encoder.engine import shares
 from codiemb.encoder.tokens import Text
-from codiemb.evaluation import retrieval
+from codiemb.evaluation import clustering, retrieval
 from codiemb.evaluation.suite import evaluate_suite
 
 KEPT = 9  # documents of a ranking, so that the lists of the ranks must be cut when they are put together
@@ -45,10 +46,24 @@ SETS = {
         {"query": words(8), "positives": [words(5) if n % 3 else "z"], "positive_scores": [n % 5 / 4]}
         for n in range(17)
     ],
+    "classes": [{"query": words(8), "positives": [words(5)], "positive_scores": [n % 2]} for n in range(19)],
+    "labels": [{"query": f"{words(4)} {'ab'[n % 2]}", "label": n % 2} for n in range(21)],
+    "clusters": [{"query": f"{words(4)} {'ab'[n % 2]}", "label": n % 2} for n in range(21)],
+    "lists": [{"query": words(4), "positives": [words(5)], "negatives": [words(4), words(3)]} for n in range(9)],
     "two_texts": [
         {"query": "a", "positives": ["b"], "positive_scores": [0.5]},
         {"query": "a", "positives": ["a"], "positive_scores": [1]},
     ],
+}
+TASKS = {
+    "search": "retrieval",
+    "one_query": "retrieval",
+    "pairs": "similarity",
+    "classes": "pair_classification",
+    "labels": "classification",
+    "clusters": "clustering",
+    "lists": "reranking",
+    "two_texts": "similarity",
 }
 
 
@@ -57,10 +72,8 @@ def suite_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     for name, rows in SETS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    suite = [
-        {"name": name, "task": "retrieval" if "negatives" in rows[0] else "similarity", "path": f"{name}.jsonl"}
-        for name, rows in SETS.items()
-    ]
+    suite = [{"name": name, "task": TASKS[name], "path": f"{name}.jsonl"} for name in SETS]
+    suite[[*SETS].index("labels")]["train_path"] = "clusters.jsonl"
     (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
     return folder / "suite.yaml"
 
@@ -78,6 +91,7 @@ def evaluated(model_folder, suite_file, out):
         one_process = engine.encode
         patch.setattr(engine, "encode", counting)
         patch.setattr(retrieval, "RETRIEVED", KEPT)
+        patch.setattr(clustering, "DRAWN", 50)
         encoder = SentenceTransformer(str(model_folder), device="cpu").train()
         return evaluate_suite(encoder, load_suite(suite_file), out), encoded
 
@@ -93,8 +107,9 @@ def runs(tiny_model_folder, suite_file, tmp_path_factory):
     """By number of ranks: the folder of results, and (metrics, texts encoded) of each rank."""
     results = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
         for ranks in (1, 2, 3):
+            # One of its own, else the results of one process would be taken for those of all.
+            patch.setenv("CODIEMB_CACHE", str(tmp_path_factory.mktemp("cache")))
             out = tmp_path_factory.mktemp(f"ranks{ranks}")
             if ranks == 1:
                 results[1] = out, [evaluated(tiny_model_folder, suite_file, out / "0")]
@@ -118,6 +133,9 @@ def test_metrics_and_items_equal_those_of_one_process(runs, name, ranks):
     assert there == here
     items, expected = (pq.read_table(folder / "0" / f"{name}.items.parquet").to_pydict() for folder in (out, one_out))
     assert items.keys() == expected.keys()
+    hits, expected_hits = (side.pop("retrieved", []) for side in (items, expected))
+    for found, wanted in zip(chain(*hits), chain(*expected_hits), strict=True):
+        assert found == {**wanted, "score": pytest.approx(wanted["score"], abs=1e-6)}
     for column, values in expected.items():
         assert items[column] == (values if isinstance(values[0], str) else pytest.approx(values, abs=1e-6)), column
     if name == "search":
@@ -158,9 +176,12 @@ def run_torchrun(*arguments):
 
 
 @pytest.mark.slow
-def test_the_verb_on_two_ranks_says_and_writes_once_what_one_process_does(tiny_model_folder, suite_file, tmp_path):
+def test_the_verb_on_two_ranks_says_and_writes_once_what_one_process_does(
+    tiny_model_folder, suite_file, tmp_path, monkeypatch
+):
     encoder = SentenceTransformer(str(tiny_model_folder), device="cpu")
     one = evaluate_suite(encoder, load_suite(suite_file), tmp_path / "one")
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path / "cache"))
     done = run_torchrun("evaluate", str(tiny_model_folder), "--suite", str(suite_file), "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results in") == done.stdout.count("pairs ") == 1

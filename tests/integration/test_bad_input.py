@@ -460,6 +460,27 @@ SUITES = {
         "- {name: a, task: retrieval, path: beir, split: test}\n",
         ["corpus.jsonl, line 2", "invalid JSON"],
     ),
+    "graded pairs of two classes": (
+        "- {name: a, task: pair_classification, path: pairs.jsonl}\n",
+        ["'a'", "pair 1", "the label 0.9"],
+    ),
+    "a file without training texts": (
+        "- {name: a, task: classification, path: labelled.jsonl}\n",
+        ["'a'", "train_path: got none"],
+    ),
+    "training texts of another task": (
+        "- {name: a, task: similarity, path: pairs.jsonl, train_split: train}\n",
+        ["0: train_split: got 'train'", "the task is similarity"],
+    ),
+    "no label": ("- {name: a, task: clustering, path: queries.jsonl}\n", ["queries.jsonl, line 1, label"]),
+    "lists of one kind": (
+        "- {name: a, task: reranking, path: lists.jsonl}\n",
+        ["'a'", "no list of 1 with a relevant document and another"],
+    ),
+    "a BEIR folder of labels": (
+        "- {name: a, task: clustering, path: none, split: test}\n",
+        ["a BEIR folder", "texts with labels"],
+    ),
     "qrels of which nothing is left": ("- {name: a, task: retrieval, path: none, split: test}\n", ["no relevant pair"]),
 }
 
@@ -471,6 +492,8 @@ def test_suite(workplace, case, verb):
     workplace.beir("beir", "q1\td1\t1\n")
     workplace.write("beir/corpus.jsonl", '{"_id": "d1", "text": "a"}\nnot json\n')
     workplace.beir("none", "q1\tx1\t1\n")
+    workplace.rows("labelled.jsonl", {"query": "a", "label": "x"}, {"query": "b", "label": "y"})
+    workplace.rows("lists.jsonl", {"query": "a", "positives": ["b"]})
     if content is not None:
         workplace.write("suite.yaml", content)
     workplace.config["evaluation"] = {"suite": "suite.yaml"}
@@ -499,6 +522,36 @@ def test_evaluate(workplace):
         workplace.refuses(lambda m=models, t=to: cli.main(["evaluate", *m, "--suite", suite, "--out", t]), *words)
     workplace.write("suite.yaml", good + "- {name: b, task: similarity, path: queries.jsonl}\n")
     workplace.refuses(lambda: cli.main(["evaluate", base, "--suite", suite, "--out", out]), "queries.jsonl, line 1")
+
+
+ENCODINGS = {
+    "no input": (["none.jsonl", "out.npy"], ["--input", "none.jsonl", "no such file"]),
+    "a bad line": (["texts.jsonl", "out.npy"], ["texts.jsonl, line 2", "invalid JSON"]),
+    "another column": (["pairs.jsonl", "out.npy"], ["pairs.jsonl, line 1, text", "one of query, positives"]),
+    "another suffix": (["lines.txt", "out.csv"], ["--output", "out.csv", ".npy, .parquet"]),
+    "the input": (["in.parquet", "in.parquet"], ["--output", "the input"]),
+    "below a file": (["lines.txt", "pairs.jsonl/out.npy"], ["--output", "pairs.jsonl", "a folder"]),
+    "not Parquet": (["in.parquet", "out.npy"], ["in.parquet", "a readable Parquet file"]),
+    "binary": (["binary.txt", "out.npy"], ["binary.txt, line 1", "UTF-8"]),
+}
+
+
+@pytest.mark.parametrize("case", ENCODINGS)
+def test_encode(workplace, case):
+    (source, target), words = ENCODINGS[case]
+    workplace.write("texts.jsonl", '{"text": "a"}\n{"text": \n')
+    workplace.write("lines.txt", "the cat\n")
+    workplace.write("in.parquet", "no")
+    workplace.write("binary.txt", b"\xff\xfe\x00")
+    base, files = workplace.config["model"]["base"], [str(workplace.folder / name) for name in (source, target)]
+    workplace.refuses(lambda: cli.main(["encode", base, "--input", files[0], "--output", files[1]]), *words)
+
+
+def test_encode_without_a_model(workplace):
+    workplace.write("lines.txt", "the cat\n")
+    files = [str(workplace.folder / name) for name in ("lines.txt", "out.npy")]
+    command = ["encode", str(workplace.folder / "gone"), "--input", files[0], "--output", files[1]]
+    workplace.refuses(lambda: cli.main(command), "gone", "no such folder")
 
 
 # ---- model ----

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from codiemb.batching.plan import Plan
-from codiemb.config import Config, Role, Source
+from codiemb.config import Config, DataSet, Role, Source
 from codiemb.data.beir import read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
@@ -262,6 +262,8 @@ def _overlaps(records: dict[str, Records], suite: list[Source]) -> list[dict[str
     trained = {name: np.unique(source.text_ids()) for name, source in records.items()}
     found = []
     for data_set in suite:
+        if isinstance(data_set, DataSet) and data_set.mteb:
+            continue  # its texts are not in our hands
         asked = np.unique(_asked(data_set))
         for name, ids in trained.items():
             shared = int(np.isin(asked, ids, assume_unique=True).sum())

@@ -39,7 +39,7 @@ def files_of(source: Source) -> list[Path]:
     """
     path = Path(source.path)
     if path.is_file():
-        if _format(path) not in FILE_FORMATS:
+        if file_format(path) not in FILE_FORMATS:
             raise DataError(
                 f"source {source.name!r}, {path}",
                 got=f"a file that ends in {path.suffix!r}" if path.suffix else "a file without a suffix",
@@ -51,18 +51,18 @@ def files_of(source: Source) -> list[Path]:
             return [*_first(path, "corpus"), *_first(path, "queries"), beir_qrels(source)]
         if source.split:
             for file in sorted(path.iterdir()):
-                if file.name.split(".")[0] == source.split and _format(file) in FILE_FORMATS:
+                if file.name.split(".")[0] == source.split and file_format(file) in FILE_FORMATS:
                     return [file]
         if is_saved_dataset(path):
             return sorted(file for file in path.rglob("*") if file.is_file())
-        files = sorted(file for file in path.rglob("*") if file.is_file() and _format(file) in FILE_FORMATS)
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file_format(file) in FILE_FORMATS)
         if not files:
             raise DataError(
                 f"source {source.name!r}, {path}",
                 got="a folder without data files",
                 expected="a BEIR folder (corpus.jsonl, queries.jsonl, qrels/), a saved data set, or data files",
             )
-        if source.split and (len(files) == 1 or all(_format(file) != ".parquet" for file in files)):
+        if source.split and (len(files) == 1 or all(file_format(file) != ".parquet" for file in files)):
             splits = ", ".join(sorted({file.name.split(".")[0] for file in files}))
             raise DataError(f"source {source.name!r}, split", got=repr(source.split), expected=f"one of {splits}")
         return files
@@ -80,7 +80,7 @@ def read_rows(source: Source) -> Rows:
         DataError: unreadable bytes, invalid JSON, an unknown format or split; with file and line.
     """
     files = files_of(source)
-    if len(files) == 1 and _format(files[0]) in FILE_FORMATS:
+    if len(files) == 1 and file_format(files[0]) in FILE_FORMATS:
         return _read_file(files[0], source)
     return _read_datasets(source)
 
@@ -159,10 +159,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_file(path: Path, source: Source) -> Rows:
-    if _format(path) == ".parquet":
+    if file_format(path) == ".parquet":
         return _read_parquet(path)
-    if _format(path) in (".csv", ".tsv"):
-        return _read_csv(path, source, "\t" if _format(path) == ".tsv" else ",")
+    if file_format(path) in (".csv", ".tsv"):
+        return _read_csv(path, source, "\t" if file_format(path) == ".tsv" else ",")
     return read_jsonl(path)
 
 
@@ -242,7 +242,7 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _format(path: Path) -> str:
+def file_format(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 

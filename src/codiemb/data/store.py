@@ -129,7 +129,7 @@ def load_records(source: Source, *, keep_duplicates: bool = False) -> Records:
     """
     import datasets
 
-    stem = _cache_folder() / _fingerprint(source, keep_duplicates)
+    stem = cache_folder("records") / _fingerprint(source, keep_duplicates)
     arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
     if not facts.is_file():
         with _frozen_objects():
@@ -210,5 +210,5 @@ def _fingerprint(source: Source, keep_duplicates: bool) -> str:
     return blake2b(json.dumps([_FORMAT, keep_duplicates, settings, files]).encode(), digest_size=16).hexdigest()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("CODIEMB_CACHE", "~/.cache/codiemb")).expanduser() / "records"
+def cache_folder(kind: str) -> Path:
+    return Path(os.environ.get("CODIEMB_CACHE", "~/.cache/codiemb")).expanduser() / kind

@@ -15,7 +15,7 @@ same texts, and each encodes its share.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from codiemb.distributed import joined, rank, world_size
+from codiemb.encoder.elsewhere import OtherEncoder, embed_elsewhere
 from codiemb.encoder.gpu import packs
 from codiemb.encoder.model import hidden_states
 from codiemb.encoder.threads import pays, side_by_side
@@ -90,37 +92,62 @@ def embed(
 
 @torch.inference_mode()
 def encode(
-    encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
+    encoder: SentenceTransformer | OtherEncoder,
+    texts: Sequence[Text],
+    *,
+    bf16: bool = False,
+    normalize: bool = True,
+    progress: Any = None,
 ) -> Float[Tensor, "text dim"]:
     """L2-normalised embeddings of `texts` on the encoder's device, without gradient or dropout.
 
     On processors, more than 1 GB of them are in a file without a name, mapped into memory; it goes when they go.
+
+    Args:
+        encoder: one that tokenises for itself (`codiemb.encoder.elsewhere`) knows no `bf16`.
+        normalize: false: of the length that the model gives them.
     """
+    if not (isinstance(encoder, SentenceTransformer) and isinstance(encoder[0], Transformer)):
+        return _placed(texts, partial(embed_elsewhere, encoder), normalize, progress)
     was_training = encoder.training
     encoder.eval()
     device = encoder.device
+
+    def embed_piece(piece: Sequence[Text]) -> Tensor:
+        tokens = tokenize(encoder, piece, packed=packs(encoder, bf16))
+        moved = [{key: _to(value, device) for key, value in batch.items()} for batch in tokens.micro_batches]
+        return embed(encoder, moved, tokens.place.to(device)).final[:, : encoder.truncate_dim]
+
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        embeddings = _placed(texts, embed_piece, normalize, progress)
+    encoder.train(was_training)
+    return embeddings
+
+
+def _placed(
+    texts: Sequence[Text], embed_piece: Callable[[Sequence[Text]], Tensor], normalize: bool, progress: Any
+) -> Float[Tensor, "text dim"]:
+    """The embedding of each text at its place; each distinct one is made once, in pieces from the longest down."""
     places: dict[Text, list[int]] = {}
     for place, text in enumerate(texts):
         places.setdefault(text, []).append(place)
     distinct = sorted(places, key=lambda text: len(text.text), reverse=True)
-    embeddings = torch.empty(0, device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for start in range(0, len(distinct), PIECE):
-            piece = distinct[start : start + PIECE]
-            tokens = tokenize(encoder, piece, packed=packs(encoder, bf16))
-            moved = [{key: _to(value, device) for key, value in batch.items()} for batch in tokens.micro_batches]
-            found = torch.nn.functional.normalize(embed(encoder, moved, tokens.place.to(device)).final, dim=-1)
-            if not bool(torch.isfinite(found).all()):
-                raise EvaluationError(
-                    "embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged"
-                )
-            if not start:
-                embeddings = _room(len(texts), found)
-            counts = torch.tensor([len(places[text]) for text in piece], device=device)
-            embeddings[list(chain(*(places[text] for text in piece)))] = found.repeat_interleave(counts, dim=0)
-            if progress is not None:
-                progress.update(len(piece))
-    encoder.train(was_training)
+    embeddings = torch.empty(0)
+    for start in range(0, len(distinct), PIECE):
+        piece = distinct[start : start + PIECE]
+        found = embed_piece(piece)
+        if normalize:
+            found = torch.nn.functional.normalize(found, dim=-1)
+        if not bool(torch.isfinite(found).all()):
+            raise EvaluationError(
+                "embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged"
+            )
+        if not start:
+            embeddings = _room(len(texts), found)
+        counts = torch.tensor([len(places[text]) for text in piece], device=found.device)
+        embeddings[list(chain(*(places[text] for text in piece)))] = found.repeat_interleave(counts, dim=0)
+        if progress is not None:
+            progress.update(len(piece))
     return embeddings
 
 
@@ -148,20 +175,20 @@ def shares(texts: Sequence[Text], ranks: int) -> list[list[int]]:
 
 
 def encode_share(
-    encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
+    encoder: SentenceTransformer | OtherEncoder, texts: Sequence[Text], **settings: Any
 ) -> tuple[Float[Tensor, "own dim"], list[list[int]]]:
-    """The embeddings of this rank's share of `texts`, and `shares`."""
+    """The embeddings of this rank's share of `texts`, and `shares`; `settings` are those of `encode`."""
     places = shares(texts, world_size())
     own = [texts[place] for place in places[rank()]]
     # A rank without texts encodes one, so that its share of no rows has the width of the others.
-    return encode(encoder, own or texts[:1], bf16=bf16, progress=progress)[: len(own)], places
+    return encode(encoder, own or texts[:1], **settings)[: len(own)], places
 
 
 def encode_on_all_ranks(
-    encoder: SentenceTransformer, texts: Sequence[Text], *, bf16: bool = False, progress: Any = None
+    encoder: SentenceTransformer | OtherEncoder, texts: Sequence[Text], **settings: Any
 ) -> Float[Tensor, "text dim"]:
     """What `encode` gives, on every rank; each has encoded its share."""
-    own, places = encode_share(encoder, texts, bf16=bf16, progress=progress)
+    own, places = encode_share(encoder, texts, **settings)
     rows = joined(own)[0]
     embeddings = torch.empty_like(rows)
     embeddings[torch.tensor(list(chain(*places)), device=rows.device)] = rows

@@ -129,8 +129,9 @@ def max_length(encoder: SentenceTransformer, role: Role) -> int | None:
 
 
 def prompt(encoder: SentenceTransformer, role: Role) -> str:
-    """Text put before every input of this role; empty if none."""
-    return encoder.prompts.get(role) or ""
+    """Text put before every input of this role: the prompt of its name, else the model's default; empty if none."""
+    name = role if role in encoder.prompts else encoder.default_prompt_name
+    return encoder.prompts.get(name) or "" if name is not None else ""
 
 
 def instructed(instruction: str) -> str:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytrec_eval
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codiemb.config import Source
+from codiemb.config import DataSet, Source
 from codiemb.data.beir import Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
-from codiemb.distributed import joined
+from codiemb.distributed import joined, rank
+from codiemb.encoder.engine import encode_on_all_ranks, encode_share
+from codiemb.evaluation.scores import Encoder, Evaluation, Scores, digest, progress, texts_of
 
 RETRIEVED = 1000  # documents kept of each ranking, as trec_eval and mteb do
 METRICS = ("ndcg_at_10", "mrr_at_10", "map", "recall_at_100")
+SHOWN = 5  # documents of each ranking that are kept with the scores
+SHOWN_CHARACTERS = 300
+Run = dict[str, dict[str, float]]  # scores by query and document
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,9 @@ class Collection:
     instructions: dict[str, str]
     qrels: Qrels
     left_out: dict[str, int]
+
+    def digest(self) -> str:
+        return digest([self.documents, self.queries, self.instructions, self.qrels])
 
 
 def load_collection(source: Source) -> Collection:
@@ -65,6 +76,63 @@ def load_collection(source: Source) -> Collection:
     return Collection(documents, queries, instructions, qrels, records.dropped)
 
 
+def evaluate(encoder: Encoder, source: DataSet, collection: Collection, bf16: bool = False) -> Scores | None:
+    """Every judged query of the split against the whole corpus, by exact search; None but on the first rank."""
+    keys, documents = list(collection.queries), list(collection.documents)
+    instructions = [collection.instructions.get(key) for key in keys]
+    queries = texts_of(encoder, list(collection.queries.values()), "query", instructions)
+    texts = texts_of(encoder, list(collection.documents.values()), "document")
+    with progress(source.name, {*queries, *texts}) as bar:
+        query_embeddings = encode_on_all_ranks(encoder, queries, bf16=bf16, progress=bar)
+        document_embeddings, shares = encode_share(encoder, texts, bf16=bf16, progress=bar)
+    numbers = torch.tensor(shares[rank()], dtype=torch.int64, device=document_embeddings.device)
+    found, places = search(query_embeddings, document_embeddings, numbers, RETRIEVED)
+    if rank() > 0:
+        return None
+    run = {
+        key: {documents[place]: float(value) for place, value in zip(places[row], found[row], strict=True)}
+        for row, key in enumerate(keys)
+    }
+    by_query = score(run, collection.qrels)
+    items = items_of(run, by_query, METRICS, collection.queries, collection.qrels, collection.documents)
+    facts = {"documents": len(documents), "left_out": collection.left_out}
+    return Scores({metric: float(np.mean(items[metric])) for metric in METRICS}, len(keys), items, facts)
+
+
+def items_of(
+    run: Run,
+    by_query: dict[str, dict[str, float]],
+    metrics: tuple[str, ...],
+    queries: dict[str, str],
+    qrels: Qrels,
+    documents: dict[str, str],
+) -> dict[str, list[Any]]:
+    """Columns by query: its text, its metrics, and its first documents with score, gain and the head of their text."""
+    keys = list(queries)
+    return {
+        "query_id": keys,
+        "query": list(queries.values()),
+        **{metric: [by_query[key][metric] for key in keys] for metric in metrics},
+        "retrieved": [
+            [
+                {
+                    "id": document,
+                    "score": value,
+                    "gain": float(qrels[key].get(document, 0)),
+                    "text": documents[document][:SHOWN_CHARACTERS],
+                }
+                for document, value in first(run[key])
+            ]
+            for key in keys
+        ],
+    }
+
+
+def first(found: dict[str, float]) -> list[tuple[str, float]]:
+    """The best documents with their scores; equal scores by document id descending, as trec_eval does."""
+    return heapq.nlargest(SHOWN, found.items(), key=lambda one: (one[1], one[0]))
+
+
 def search(
     queries: Float[Tensor, "query dim"],
     documents: Float[Tensor, "document dim"],
@@ -95,7 +163,7 @@ def _side_by_side(lists: Tensor) -> Tensor:
     return joined(lists.T.contiguous())[0].T
 
 
-def score(run: dict[str, dict[str, float]], qrels: Qrels) -> dict[str, dict[str, float]]:
+def score(run: Run, qrels: Qrels) -> dict[str, dict[str, float]]:
     """Measures by query id, as fractions.
 
     Gains are graded (nDCG with gain as given); a document counts as relevant for MRR, MAP and recall from gain 1 on.
@@ -112,3 +180,6 @@ def score(run: dict[str, dict[str, float]], qrels: Qrels) -> dict[str, dict[str,
         }
         for query, values in measured.items()
     }
+
+
+RETRIEVAL = Evaluation(load_collection, evaluate)

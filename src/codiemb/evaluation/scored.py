@@ -20,6 +20,7 @@ from codiemb.evaluation.metrics import HEADLINE
 
 FACTS = ("task", "split", "n", "documents")  # of the JSON file; what differs here is another data set, or version of it
 TEXTS = ("query", "text1", "text2", "label")  # of the items
+COMPARED = ("retrieval", "reranking", "similarity")  # item by item; the scores of other tasks are of all items at once
 SIMILARITY = ("cosine", "label")
 
 
@@ -152,11 +153,12 @@ def _json(file: Path) -> dict[str, Any]:
 def _scored(file: Path, content: dict[str, Any]) -> Scored | None:
     if absent := [name for name in ("dataset", "task", "n", "items") if name not in content]:
         raise _damaged(file, f"no {absent[0]!r}", "a result of codiemb evaluate")
-    if content["items"] is None:
-        return None
-    task, items = content["task"], file.parent / content["items"]
+    task = content["task"]
     if task not in HEADLINE:
         raise EvaluationError(f"file {file}", got=f"the task {task!r}", expected=f"one of {', '.join(HEADLINE)}")
+    if content["items"] is None or task not in COMPARED:
+        return None
+    items = file.parent / content["items"]
     columns = SIMILARITY if task == "similarity" else (HEADLINE[task],)
     table = _items(items, columns)
     key = table.column_names[0]

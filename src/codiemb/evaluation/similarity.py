@@ -5,7 +5,28 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+from codiemb.config import DataSet
+from codiemb.distributed import rank
+from codiemb.evaluation.pairs import Pairs, embed, load
+from codiemb.evaluation.scores import Encoder, Evaluation, Scores
+
 METRICS = ("spearman", "pearson")
+
+
+def evaluate(encoder: Encoder, source: DataSet, pairs: Pairs, bf16: bool = False) -> Scores | None:
+    """Every pair of the file, as it stands; None but on the first rank."""
+    first, second = embed(encoder, source, pairs, bf16, normalize=True)
+    if rank() > 0:
+        return None
+    cosines = (first * second).sum(dim=1).cpu().numpy().astype(float)
+    items = {
+        "pair": list(range(len(cosines))),
+        "text1": pairs.first,
+        "text2": pairs.second,
+        "cosine": cosines.tolist(),
+        "label": pairs.labels.tolist(),
+    }
+    return Scores(score(cosines, pairs.labels), len(cosines), items, {"left_out": pairs.records.dropped})
 
 
 def score(cosines: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -21,3 +42,6 @@ def score(cosines: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "spearman": float(stats.spearmanr(cosines, labels).statistic),
         "pearson": float(stats.pearsonr(cosines, labels).statistic),
     }
+
+
+SIMILARITY = Evaluation(load, evaluate)

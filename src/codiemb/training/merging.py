@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import shutil
-import tempfile
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,7 +19,7 @@ from codiemb.distributed import barrier, on_first
 from codiemb.encoder.adapters import merge_adapters
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import open_model, save_encoder
-from codiemb.evaluation.suite import average, evaluate_suite
+from codiemb.evaluation.suite import Results, average, evaluate_suite
 from codiemb.files import publish, write_whole
 from codiemb.fusion.fuse import card, fuse
 from codiemb.training.checkpoint import WRITING, checkpoints
@@ -29,8 +28,6 @@ from codiemb.training.sharding import loading_whole
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
-
-Results = dict[str, dict[str, float]]
 
 
 def merge_run(
@@ -123,10 +120,7 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, confi
 
 def _means(encoder: SentenceTransformer, dev: list[Source]) -> dict[str, float]:
     """By task the mean over the dev data sets."""
-    if not dev:
-        return {}
-    with tempfile.TemporaryDirectory() as out:
-        return average(evaluate_suite(encoder, dev, Path(out)), dev)
+    return average(evaluate_suite(encoder, dev, None), dev) if dev else {}
 
 
 def _choose(run: Path, settings: Fusion, scores: dict[str, dict[str, float]]) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 from codiemb.config import Source
 from codiemb.errors import CodiembError, EvaluationError
 from codiemb.evaluation.comparison import compare, write_comparison
-from codiemb.evaluation.suite import HEADLINE, average
+from codiemb.evaluation.metrics import HEADLINE
+from codiemb.evaluation.suite import Results, average
 from codiemb.report.page import write_report
-from codiemb.training.merging import Results
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import CheckpointError, ConfigError, DataError
-from codiemb.evaluation.suite import evaluate_suite, require_readable
+from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
 from codiemb.report.run_folder import read_comparison
@@ -39,7 +39,7 @@ from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed, facts_of, require_same_run
-from codiemb.training.merging import Results, averaged_encoder, merge_run
+from codiemb.training.merging import averaged_encoder, merge_run
 from codiemb.training.results import TrainResult, compare_run, report_run
 from codiemb.training.sharding import loading_whole, require_devices
 from codiemb.training.stop import StopOnSignal

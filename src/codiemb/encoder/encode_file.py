@@ -1,0 +1,167 @@
+"""The texts of a file -> their embeddings in a file, a chunk at a time: memory does not grow with the file.
+
+input                                         texts
+.jsonl .json .csv .tsv [.gz .zst], .parquet   the columns asked for, joined by a space
+any other [.gz .zst]                          one a line
+
+output        holds
+.npy          float32 [text, dim]
+.parquet      `embedding`, a list of float32 of fixed size; and `id` if the input has `_id` or `id`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float
+from numpy.lib import format as npy
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from codiemb.config import Role, Source
+from codiemb.data.readers import FILE_FORMATS, file_format, read_lines, read_rows
+from codiemb.encoder.engine import encode
+from codiemb.encoder.model import max_length, prompt
+from codiemb.encoder.tokens import Text
+from codiemb.errors import ConfigError, DataError, short
+from codiemb.files import require_folder, sync, told_of_full_disk
+
+CHUNK = 8192  # texts encoded at once: enough of like length to fill micro-batches
+OUTPUTS = (".npy", ".parquet")
+Item = tuple[str, str | None]  # a text and its id
+Rows = Float[np.ndarray, "text dim"]
+
+
+def encode_file(
+    encoder: SentenceTransformer,
+    input: Path,
+    output: Path,
+    *,
+    columns: Sequence[str] = ("text",),
+    role: Role = "document",
+    bf16: bool = False,
+) -> int:
+    """Writes the L2-normalised embeddings in the order of the input; returns how many.
+
+    Args:
+        columns: of the text, in structured input; empty ones are left out.
+        role: whose prompt and length are used.
+
+    Raises:
+        DataError: a line or row that holds no text, with its number; and there is no output then.
+    """
+    before, length = prompt(encoder, role), max_length(encoder, role)
+    texts = read_texts(input, columns)
+    chunks = iter(lambda: list(islice(texts, CHUNK)), [])
+    first = next(chunks, None)
+    if first is None:
+        raise DataError(f"file {input}", got="no text", expected="at least one")
+    partial = output.with_name(output.name + ".partial")
+    count = 0
+    try:
+        with (
+            told_of_full_disk(output.parent, "free some disk"),
+            tqdm(desc=f"encode {input.name}", unit="text", leave=False) as bar,
+            partial.open("wb") as file,
+            contextlib.closing((NumpyFile if output.suffix == ".npy" else ParquetFile)(file)) as writer,
+        ):
+            for chunk in chain([first], chunks):
+                embeddings = encode(encoder, [Text(text, before, length) for text, _ in chunk], bf16=bf16)
+                writer.add(embeddings.float().cpu().numpy(), [key for _, key in chunk])
+                count += len(chunk)
+                bar.update(len(chunk))
+        sync(partial)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def require_output(output: Path, input: Path) -> None:
+    """Refuses an output that cannot be written, before anything is encoded.
+
+    Raises:
+        ConfigError: another suffix than .npy or .parquet, the input itself, or a folder that cannot be written.
+    """
+    if output.suffix not in OUTPUTS:
+        raise ConfigError(f"--output {output}", got=repr(output.suffix), expected=f"one of {', '.join(OUTPUTS)}")
+    if output.is_dir() or output.resolve() == input.resolve():
+        got = "a folder" if output.is_dir() else "the input"
+        raise ConfigError(f"--output {output}", got=got, expected="a file to write")
+    require_folder("--output", output.parent)
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_texts(path: Path, columns: Sequence[str]) -> Iterator[Item]:
+    """The texts of a file with their ids (None where there is none), read as they are asked for."""
+    if not path.is_file():
+        raise DataError(f"--input {path}", got="no such file", expected="a file of texts", fix="check the path")
+    if file_format(path) not in FILE_FORMATS:
+        return ((line.rstrip("\r\n"), None) for _, line in read_lines(path))
+    rows = read_rows(Source(name="input", task="retrieval", path=str(path)))
+    return (_item(row, where, columns) for where, row in rows)
+
+
+def _item(row: dict[str, Any], where: str, columns: Sequence[str]) -> Item:
+    parts = []
+    for column in columns:
+        if column not in row:
+            listed = ", ".join(str(name)[:60] for name in list(row)[:12]) or "none"
+            raise DataError(f"{where}, {column}", got="no such column", expected=f"one of {listed} after --column")
+        if row[column] is not None and not isinstance(row[column], str):
+            raise DataError(f"{where}, {column}", got=short(row[column]), expected="a text")
+        parts.append(row[column])
+    if all(part is None for part in parts):
+        raise DataError(f"{where}, {columns[0]}", got="no text", expected="a text")
+    key = row.get("_id", row.get("id"))
+    return " ".join(filter(None, parts)), str(key) if key is not None else None
+
+
+class NumpyFile:
+    """Writes an array whose number of rows is known at the end."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.rows, self.dim = file, 0, 0
+
+    def add(self, embeddings: Rows, ids: Sequence[str | None]) -> None:
+        if not self.rows:
+            self.dim = embeddings.shape[1]
+            self._header()
+        self.file.write(np.ascontiguousarray(embeddings, dtype="<f4").tobytes())
+        self.rows += len(embeddings)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._header()  # NumPy leaves room in it for the rows to become more
+
+    def _header(self) -> None:
+        npy.write_array_header_1_0(self.file, {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.dim)})
+
+
+class ParquetFile:
+    """Writes a row group for each chunk."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.writer: pq.ParquetWriter | None = None
+
+    def add(self, embeddings: Rows, ids: Sequence[str | None]) -> None:
+        if self.writer is None:
+            vector = pa.field("embedding", pa.list_(pa.float32(), embeddings.shape[1]))
+            self.schema = pa.schema([pa.field("id", pa.string()), vector] if ids[0] is not None else [vector])
+            self.writer = pq.ParquetWriter(self.file, self.schema)
+        column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+        columns = [pa.array(ids, pa.string()), column] if "id" in self.schema.names else [column]
+        self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
