@@ -10,7 +10,7 @@ Each draws two models many times and compares them as the command does, by defau
 
 nDCG is that of one relevant document whose rank depends on the query and the model; Spearman that of a noisy view of
 the truth, with labels in steps as in STS-B. `unequal` models are equally good but in other places: what one gets right
-the other does not, so they cannot be exchanged for each other. True differences and standard errors come from a million
+the other does not, so they cannot be exchanged for each other. True differences and standard errors come from 400,000
 items.
 
 Cases of seeds are trainings of several seeds each; beside our test, a bootstrap that draws seeds and items, and the
@@ -38,7 +38,7 @@ from codiemb.evaluation import significance
 from codiemb.evaluation.seeds import crossed
 from codiemb.versions import versions
 
-LEVEL, MANY = 0.05, 1_000_000
+LEVEL, MANY = 0.05, 400_000
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray | None]]  # [model, item], and labels
 
 
