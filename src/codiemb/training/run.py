@@ -51,6 +51,7 @@ RUN_FILES = (
     "plan.json",
     "environment.json",
     "metrics.jsonl",
+    "conflict.jsonl",
     "model",
     "fused",
     "eval",
