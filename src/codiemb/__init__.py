@@ -8,12 +8,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from codiemb.config import load_config
+    from codiemb.evaluation.analysis import analyze
     from codiemb.fusion.fuse import fuse
     from codiemb.training.run import train
 
-__all__ = ["__version__", "fuse", "load_config", "train"]
+__all__ = ["__version__", "analyze", "fuse", "load_config", "train"]
 
-_HOMES = {"fuse": "codiemb.fusion.fuse", "load_config": "codiemb.config", "train": "codiemb.training.run"}
+_HOMES = {
+    "analyze": "codiemb.evaluation.analysis",
+    "fuse": "codiemb.fusion.fuse",
+    "load_config": "codiemb.config",
+    "train": "codiemb.training.run",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -136,6 +136,14 @@ def fuse(arguments: argparse.Namespace) -> None:
     print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
 
 
+def analyze(arguments: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from codiemb.evaluation import analysis
+
+    print(analysis.table(analysis.analyze(arguments.models, arguments.texts, arguments.out)))
+    print(f"\nresults in {Path(arguments.out) / 'geometry.json'}")
+
+
 def _search(
     arguments: argparse.Namespace, checkpoints: list[Path], base: Path, out: Path, settings: dict[str, Any]
 ) -> None:
@@ -239,4 +247,14 @@ def _parser() -> argparse.ArgumentParser:
     ways.add_argument("--search", choices=["greedy", "grid"], help="choose the fusion that scores best on --suite")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
+
+    analyzed = verb(analyze, "measure how models fill their embedding space, by layer, and how alike they are")
+    analyzed.add_argument(
+        "models", nargs="+", metavar="MODEL", help="as for evaluate; others are set against the first"
+    )
+    texts = "texts: one a line (.txt), or JSONL of objects with `text` or of unified records (query, positives)"
+    analyzed.add_argument("--texts", required=True, metavar="FILE", help=texts)
+    analyzed.add_argument(
+        "--out", required=True, metavar="DIR", help="where geometry.json and geometry.svg are written"
+    )
     return parser
