@@ -46,7 +46,7 @@ def small_run(folder, base, **sections):
         "evaluation": {"suite": "suite.yaml"},
     }
     for name, settings in sections.items():
-        content[name] = content[name] | settings
+        content[name] = content.get(name, {}) | settings
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     return folder / "config.yaml"
 

@@ -116,6 +116,7 @@ def refused(capsys, *arguments: str) -> str:
         (["train"], "CONFIG"),
         (["check", "config.yaml", "--overwrite"], "--overwrite"),
         (["evaluate", "model", "--out", "x"], "--suite"),
+        (["analyze", "model", "--out", "x"], "--texts"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(capsys, arguments, words):

@@ -8,13 +8,15 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from codiemb.config import load_config
+    from codiemb.evaluation.analysis import analyze
     from codiemb.evaluation.evaluate import evaluate
     from codiemb.fusion.fuse import fuse
     from codiemb.training.run import train
 
-__all__ = ["__version__", "evaluate", "fuse", "load_config", "train"]
+__all__ = ["__version__", "analyze", "evaluate", "fuse", "load_config", "train"]
 
 _HOMES = {
+    "analyze": "codiemb.evaluation.analysis",
     "evaluate": "codiemb.evaluation.evaluate",
     "fuse": "codiemb.fusion.fuse",
     "load_config": "codiemb.config",

@@ -171,6 +171,14 @@ def fuse(arguments: argparse.Namespace) -> None:
     print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
 
 
+def analyze(arguments: argparse.Namespace) -> None:
+    _ready_for_models()
+    from codiemb.evaluation import analysis
+
+    print(analysis.table(analysis.analyze(arguments.models, arguments.texts, arguments.out)))
+    print(f"\nresults in {Path(arguments.out) / 'geometry.json'}")
+
+
 def _search(
     arguments: argparse.Namespace, checkpoints: list[Path], base: Path, out: Path, settings: dict[str, Any]
 ) -> None:
@@ -313,4 +321,14 @@ def _parser() -> argparse.ArgumentParser:
 
     reported = verb(report, "tell a run on one HTML page, from its files")
     reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
+
+    analyzed = verb(analyze, "measure how models fill their embedding space, by layer, and how alike they are")
+    analyzed.add_argument(
+        "models", nargs="+", metavar="MODEL", help="as for evaluate; others are set against the first"
+    )
+    texts = "texts: one a line (.txt), or JSONL of objects with `text` or of unified records (query, positives)"
+    analyzed.add_argument("--texts", required=True, metavar="FILE", help=texts)
+    analyzed.add_argument(
+        "--out", required=True, metavar="DIR", help="where geometry.json and geometry.svg are written"
+    )
     return parser

@@ -164,7 +164,8 @@ class Losses(_TaskLosses):
 
 
 class Train(Section):
-    """Names and meaning of Hugging Face's `TrainingArguments`; `memory_budget` and `rank_check_steps` are ours."""
+    """Names and meaning of Hugging Face's `TrainingArguments`; ours are `memory_budget`, `rank_check_steps` and
+    `conflict_every`."""
 
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5e-5
     num_train_epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -182,6 +183,7 @@ class Train(Section):
     gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
     rank_check_steps: Positive = 50
+    conflict_every: Positive | None = None
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     logging_steps: Positive = 10
     save_strategy: Literal["steps", "epoch", "no"] = "steps"

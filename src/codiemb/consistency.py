@@ -19,6 +19,7 @@ def faults_across(config: Config) -> list[str]:
         *_frozen(config),
         *_dimensions(config),
         *_sharded(config),
+        *_conflict(config),
         *_fusion(config),
     ]
 
@@ -97,6 +98,21 @@ def _sharded(config: Config) -> list[str]:
             f"evaluation.every_steps: got {config.evaluation.every_steps} with a sharded model, expected null, because "
             "no rank holds a whole encoder while it is trained; checkpoints can be evaluated afterwards"
         ]
+    return []
+
+
+def _conflict(config: Config) -> list[str]:
+    """There are two gradients to compare, and they are whole."""
+    if not config.train.conflict_every:
+        return []
+    setting, losses = f"train.conflict_every: got {config.train.conflict_every}", config.losses
+    emphasis = {"retrieval": losses.emphasis, "similarity": 1 - losses.emphasis}
+    present = {source.task for source in config.data}
+    missing = [task for task in emphasis if task not in present or not emphasis[task] * getattr(losses, task).weight]
+    if missing:
+        return [f"{setting} and {missing[0]} not trained, expected both retrieval and similarity to be, else null"]
+    if config.train.fsdp or config.train.deepspeed:
+        return [f"{setting} with a sharded model, expected null, because no rank holds a whole gradient"]
     return []
 
 

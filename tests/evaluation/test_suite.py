@@ -222,4 +222,4 @@ def test_the_package_offers_it(tiny_model_folder, suite_file):
 
 
 def test_public_names():
-    assert sorted(codiemb.__all__) == ["__version__", "evaluate", "fuse", "load_config", "train"]
+    assert sorted(codiemb.__all__) == ["__version__", "analyze", "evaluate", "fuse", "load_config", "train"]

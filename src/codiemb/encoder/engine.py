@@ -143,7 +143,7 @@ def _placed(
                 "embeddings", got="nan or inf", expected="finite numbers", fix="the weights are damaged"
             )
         if not start:
-            embeddings = _room(len(texts), found)
+            embeddings = room(len(texts), found)
         counts = torch.tensor([len(places[text]) for text in piece], device=found.device)
         embeddings[list(chain(*(places[text] for text in piece)))] = found.repeat_interleave(counts, dim=0)
         if progress is not None:
@@ -151,7 +151,7 @@ def _placed(
     return embeddings
 
 
-def _room(rows: int, like: Float[Tensor, "row dim"]) -> Float[Tensor, "text dim"]:
+def room(rows: int, like: Float[Tensor, "row dim"]) -> Float[Tensor, "text dim"]:
     """Room for embeddings, in a file where it is large."""
     size = (rows, like.shape[1])
     if like.device.type != "cpu" or rows * like.shape[1] * like.element_size() <= _LARGEST_IN_MEMORY:
@@ -198,10 +198,17 @@ def encode_on_all_ranks(
 def pool_middle(encoder: SentenceTransformer, output: Features) -> Float[Tensor, "text hidden"]:
     """The pooled middle layer, from the output of a forward pass inside `hidden_states`."""
     layers = output["all_layer_embeddings"]
+    return pool_layer(encoder, output, layers[len(layers) // 2])
+
+
+def pool_layer(
+    encoder: SentenceTransformer, output: Features, layer: Float[Tensor, "text token hidden"]
+) -> Float[Tensor, "text hidden"]:
+    """A layer pooled as the encoder pools its last one."""
     for module in encoder:
         if isinstance(module, Pooling):
-            return module({**output, "token_embeddings": layers[len(layers) // 2]})["sentence_embedding"]
-    raise TypeError("the encoder has no Pooling module, so a middle layer cannot be pooled (mid_nce)")
+            return module({**output, "token_embeddings": layer})["sentence_embedding"]
+    raise TypeError("the encoder has no Pooling module, so a layer cannot be pooled")
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -31,6 +31,7 @@ _FREE = (
     *(
         f"train.{name}"
         for name in (
+            "conflict_every",
             "dataloader_num_workers",
             "ddp_timeout",
             "logging_steps",

@@ -53,11 +53,11 @@ RUN_FILES = (
     "plan.json",
     "environment.json",
     "metrics.jsonl",
+    "conflict.jsonl",
     "model",
     "fused",
     "eval",
     "comparison.json",
-    "conflict.jsonl",
     "report.html",
 )
 

@@ -25,6 +25,7 @@ from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import attention_dropout, bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import checkpoint
+from codiemb.training.conflict import ConflictMeter
 from codiemb.training.ema import Ema
 from codiemb.training.facts import environment_of
 from codiemb.training.joint import JointModel
@@ -39,6 +40,7 @@ _SET_HERE = {
     "gradient_checkpointing",
     "rank_check_steps",
     "memory_budget",
+    "conflict_every",
 }
 
 
@@ -82,6 +84,8 @@ class JointTrainer(Trainer):
         if self.is_fsdp_enabled:
             keep_losses_in_float32(self.accelerator.state.fsdp_plugin)
         self.remove_callback(PrinterCallback)  # the log has its own bar
+        if config.train.conflict_every:
+            self.add_callback(ConflictMeter(self, config))
         self.encoder = encoder
         self.facts = facts
         self.environment = environment_of(arguments, memory.micro_batch_tokens, packed)
