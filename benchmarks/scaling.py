@@ -65,7 +65,8 @@ def speed(processes: int, threads: int, steps: int) -> tuple[float, float]:
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "codiemb", "train", str(CONFIG)]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        settings = [f"output_dir={run}", f"train.max_steps={steps}", "train.save_strategy=no", "evaluation.suite=null"]
+        settings = [f"output_dir={run}", f"train.max_steps={steps}", "train.save_strategy=no"]
+        settings += ["evaluation.suite=null", "fusion=null"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         subprocess.run([*command, *settings], check=True, capture_output=True, env=environment)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][WARM_UP:]

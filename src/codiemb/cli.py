@@ -242,7 +242,10 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    shown = verb(demo, "check, train and evaluate on the shipped data with the bundled encoder (minutes, no network)")
+    shown = verb(
+        demo,
+        "check, train, fuse, evaluate and report on the shipped data with the bundled encoder (minutes, no network)",
+    )
     shown.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
     shown.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
 
