@@ -16,9 +16,10 @@ from statistics import mean, stdev
 
 from machine import commit, machine
 
-from codiemb.config import load_config, load_suite
+from codiemb.config import load_config
 from codiemb.encoder.model import load_encoder, open_model
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
+from codiemb.suites.suite import load_suite
 from codiemb.tasks.task import PAIR_LOSSES
 from codiemb.training.run import train
 

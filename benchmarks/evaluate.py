@@ -42,12 +42,12 @@ def main() -> None:
 def measure(data: Path, split: str, model: str, out: Path) -> dict[str, Any]:
     import torch
 
-    from codiemb.config import DataSet
     from codiemb.encoder import engine
     from codiemb.encoder.location import locate
     from codiemb.encoder.model import open_model
     from codiemb.evaluation import retrieval
     from codiemb.evaluation.suite import evaluate_suite
+    from codiemb.suites.suite import DataSet
     from codiemb.training.metrics import peak_memory_bytes
     from codiemb.versions import versions
 

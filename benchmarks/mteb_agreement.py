@@ -61,7 +61,7 @@ def compare(path: Path, task: str) -> dict[str, Any]:
 
 def run_ours(path: Path, task: str) -> dict[str, float]:
     from codiemb import evaluate
-    from codiemb.config import DataSet
+    from codiemb.suites.suite import DataSet
 
     more: dict[str, Any] = {"path": str(path), "split": "test"}
     if task == "similarity":

@@ -19,9 +19,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does,
 
 from machine import commit, machine
 
-from codiemb.config import load_config, load_suite
+from codiemb.config import load_config
 from codiemb.encoder.model import load_encoder, open_model
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
+from codiemb.suites.suite import load_suite
 from codiemb.training.run import train
 from codiemb.versions import versions
 

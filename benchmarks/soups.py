@@ -29,11 +29,12 @@ import torch
 from machine import commit, machine
 from scipy.stats import spearmanr
 
-from codiemb.config import Source, load_config, load_suite
+from codiemb.config import Source, load_config
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import open_model
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
 from codiemb.fusion.fuse import fuse
+from codiemb.suites.suite import load_suite
 from codiemb.training.run import train
 from codiemb.versions import versions
 

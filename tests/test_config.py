@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from codiemb.config import Config, Evaluation, dump_config, load_config, load_suite
+from codiemb.config import Config, Evaluation, dump_config, load_config
 from codiemb.errors import CodiembError, ConfigError, short
+from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 
 MINIMAL = """\

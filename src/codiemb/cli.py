@@ -80,7 +80,8 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from codiemb.config import Train, load_suite
+    from codiemb.config import Train
+    from codiemb.suites.suite import load_suite
 
     suite = load_suite(arguments.suite, arguments.data_root)
     names = [Path(model.removeprefix("bundled:")).resolve().name for model in arguments.models]
@@ -183,7 +184,7 @@ def _search(
     arguments: argparse.Namespace, checkpoints: list[Path], base: Path, out: Path, settings: dict[str, Any]
 ) -> None:
     """Fusions scored on a dev suite."""
-    from codiemb.config import load_suite
+    from codiemb.suites.suite import load_suite
 
     if not arguments.suite:
         raise ConfigError("--suite", got="none", expected="a dev suite to choose on, with --search and --pareto")

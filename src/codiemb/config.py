@@ -16,9 +16,10 @@ from codiemb.consistency import faults_across
 from codiemb.errors import ConfigError
 from codiemb.section import ROLES, Fraction, Name, Positive, Role, Section, Temperature, Weight
 from codiemb.settings_file import apply_override, kind, read_yaml, validate
+from codiemb.suites import suite_file
 from codiemb.tasks import TASKS
 
-__all__ = ["ROLES", "Config", "Role", "Source", "dump_config", "load_config", "load_suite"]
+__all__ = ["ROLES", "Config", "Role", "Source", "dump_config", "load_config"]
 
 if TYPE_CHECKING:
     TaskName = str
@@ -304,7 +305,7 @@ class Config(Section):
     @field_validator("data")
     @classmethod
     def _one_name_each(cls, value: list[Source]) -> list[Source]:
-        return _unique(value)
+        return unique(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -313,51 +314,11 @@ class Config(Section):
         return self
 
 
-class DataSet(Source):
-    """A data set of an evaluation suite.
-
-    `train_path` (default: `path`) and `train_split` (default: train): the texts that the classifiers of a
-    classification are fitted on, `samples_per_label` of each label at most. `mteb`: a task of mteb by its name, and
-    which of its `subsets`.
-    """
-
-    train_path: Annotated[str, Field(min_length=1)] | None = None
-    train_split: str | None = None
-    samples_per_label: Positive = 8
-    mteb: str | None = None
-    subsets: Annotated[list[str], Field(min_length=1)] | None = None
-
-    @model_validator(mode="after")
-    def _training_texts_where_they_count(self) -> DataSet:
-        for name in ("train_path", "train_split", "samples_per_label"):
-            if self.task != "classification" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected none, because the task is {self.task}")
-        if self.subsets and not self.mteb:
-            raise ValueError("subsets: got a list, expected none, because this is no task of mteb")
-        return self
-
-
-class _MtebEntry(Section):
-    """`- {mteb: STS17, subsets: [en-en]}` in a suite."""
-
-    mteb: str
-    name: Name | None = None
-    subsets: list[str] | None = None
-
-
-class _Suite(Section):
-    entries: Annotated[list[DataSet], Field(min_length=1)]
-
-    @field_validator("entries")
-    @classmethod
-    def _one_name_each(cls, value: list[DataSet]) -> list[DataSet]:
-        return _unique(value)
-
-
 AnySource = TypeVar("AnySource", bound=Source)
 
 
-def _unique(sources: list[AnySource]) -> list[AnySource]:
+def unique(sources: list[AnySource]) -> list[AnySource]:
+    """The sources, or a ValueError that tells a name that two of them have."""
     names = [source.name for source in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"got the name {twice[0]!r} twice, expected one name for each")
@@ -386,56 +347,15 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         content["data_root"] = str(Path(str(content["data_root"])).expanduser().resolve())
     config = validate(Config, content, f"config {path}")
     root = folder / Path(config.data_root or ".").expanduser()
-    config.data = [_absolute(source, root) for source in config.data]
+    config.data = [absolute(source, root) for source in config.data]
     for section in (config.evaluation, config.fusion):
         if section and section.suite:
-            section.suite = str(_suite_file(Path(section.suite), folder).resolve())
+            section.suite = str(suite_file(Path(section.suite), folder).resolve())
     config.output_dir = str(Path(config.output_dir).expanduser())
     config.data_root = str(root.resolve()) if config.data_root else None
     if _is_local(config.model.base, folder):
         config.model.base = str((folder / config.model.base).resolve())
     return config
-
-
-def load_suite(path: str | Path, data_root: str | Path | None = None) -> list[Source]:
-    """The data sets of an evaluation suite: a YAML list, or one that comes with the library, by its name.
-
-    Relative paths start from `data_root`, else from the file's folder. Each data set is a `DataSet`.
-
-    Raises:
-        ConfigError: as `load_config`; or an entry names a task that mteb does not have, or mteb is not installed.
-    """
-    path = _suite_file(Path(path))
-    if not path.exists() and not path.suffix:
-        ready = ", ".join(sorted(file.stem for file in _SUITES.glob("*.yaml")))
-        raise ConfigError(f"suite {path}", got="nothing there", expected=f"a YAML file, or one of {ready}")
-    content = read_yaml(path)
-    if not isinstance(content, list):
-        raise ConfigError(f"suite {path}", got=kind(content), expected="a list of data sets {name, task, path}")
-    entries = [_mteb_entry(entry, f"suite {path}, entry {number}") for number, entry in enumerate(content)]
-    suite = validate(_Suite, {"entries": entries}, f"suite {path}")
-    root = Path(data_root).expanduser() if data_root else path.resolve().parent
-    return [_absolute(entry, root) for entry in suite.entries]
-
-
-def _suite_file(path: Path, folder: Path = Path()) -> Path:
-    """The file itself, or where there is none the ready suite of this name."""
-    local, ready = folder / path.expanduser(), _SUITES / f"{path}.yaml"
-    return ready if not local.exists() and len(path.parts) == 1 and ready.is_file() else local
-
-
-_SUITES = Path(__file__).with_name("suites")
-
-
-def _mteb_entry(entry: Any, where: str) -> Any:
-    """An entry that names a task of mteb, as a data set; any other as it is."""
-    if not isinstance(entry, dict) or "mteb" not in entry:
-        return entry
-    from codiemb.evaluation.mteb_tasks import task_of
-
-    given = validate(_MtebEntry, entry, where)
-    name = given.name or given.mteb
-    return {**entry, "name": name, "path": given.mteb, "task": task_of(given.mteb, given.subsets, where)}
 
 
 def dump_config(config: Config) -> str:
@@ -449,17 +369,13 @@ def used_settings(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"batching": unused, "losses": unused})
 
 
-def _absolute(source: Source, root: Path) -> Source:
-    if isinstance(source, DataSet) and source.mteb:
-        return source
+def absolute(source: AnySource, root: Path) -> AnySource:
+    """The source with a path that holds from anywhere; a hub id stays as it is."""
     local = root / Path(source.path).expanduser()
     looks_like_hub_id = source.path.count("/") == 1 and not Path(source.path).suffix and not source.path.startswith(".")
     if looks_like_hub_id and not local.exists() and not local.parent.exists():
         return source
-    paths = {"path": str(local.resolve())}
-    if isinstance(source, DataSet) and source.train_path:
-        paths["train_path"] = str((root / Path(source.train_path).expanduser()).resolve())
-    return source.model_copy(update=paths)
+    return source.model_copy(update={"path": str(local.resolve())})
 
 
 def _is_local(base: str, folder: Path) -> bool:

@@ -14,12 +14,12 @@ import torch.distributed as dist
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from codiemb.config import load_suite
 from codiemb.encoder import engine
 from codiemb.encoder.engine import shares
 from codiemb.encoder.tokens import Text
 from codiemb.evaluation import clustering, retrieval
 from codiemb.evaluation.suite import evaluate_suite
+from codiemb.suites.suite import load_suite
 
 KEPT = 9  # documents of a ranking, so that the lists of the ranks must be cut when they are put together
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from codiemb.config import DataSet
 from codiemb.errors import DataError
 from codiemb.evaluation import classification, clustering
 from codiemb.evaluation.classification import EXPERIMENTS, classify, draw
+from codiemb.suites.suite import DataSet
 
 
 def test_each_experiment_draws_so_many_of_each_label():

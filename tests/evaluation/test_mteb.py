@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from codiemb.config import load_suite
 from codiemb.errors import ConfigError, EvaluationError
 from codiemb.evaluation import classification, clustering, pair_classification, retrieval, similarity
 from codiemb.evaluation.evaluate import evaluate
 from codiemb.evaluation.scores import Scores
+from codiemb.suites.suite import load_suite
 
 mteb = pytest.importorskip("mteb", reason="mteb is not installed (the extra mteb)")
 datasets = pytest.importorskip("datasets")

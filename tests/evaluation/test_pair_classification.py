@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from codiemb.config import DataSet
 from codiemb.errors import DataError
 from codiemb.evaluation.pair_classification import compare, load, score
+from codiemb.suites.suite import DataSet
 
 
 def naive(values, labels):

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from codiemb.config import DataSet
 from codiemb.errors import DataError
 from codiemb.evaluation.reranking import evaluate, load
+from codiemb.suites.suite import DataSet
 
 
 def source(folder, *rows):

@@ -11,13 +11,13 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 import codiemb
-from codiemb.config import load_suite
 from codiemb.encoder import engine
 from codiemb.errors import EvaluationError
 from codiemb.evaluation import clustering
 from codiemb.evaluation.cache import model_hash
 from codiemb.evaluation.evaluate import evaluate
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
+from codiemb.suites.suite import load_suite
 
 TEXTS = ["a b c", "b d", "c a e f", "g", "h i j k", "l m", "n o p q r", "s t"]
 LISTS = [

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from codiemb.batching.plan import Plan
-from codiemb.config import Config, DataSet, Role, Source
+from codiemb.config import Config, Role, Source
 from codiemb.data.beir import read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
 from codiemb.data.store import Records, load_records
+from codiemb.suites.suite import DataSet
 from codiemb.tasks import TASKS
 from codiemb.tasks.task import PairLosses
 
@@ -107,7 +108,7 @@ def check(
     plan: Plan,
     tokenizer: Tokenizer,
     lengths: dict[Role, int | None],
-    suite: list[Source],
+    suite: Sequence[Source],
 ) -> Report:
     """The report on a run.
 
@@ -255,7 +256,7 @@ def _lengths(lists: pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.list_value_length(lists).combine_chunks())
 
 
-def _overlaps(records: dict[str, Records], suite: list[Source]) -> list[dict[str, Any]]:
+def _overlaps(records: dict[str, Records], suite: Sequence[Source]) -> list[dict[str, Any]]:
     """How many texts that are asked in the evaluation (queries, both sides of pairs) are training texts."""
     if not suite:
         return []

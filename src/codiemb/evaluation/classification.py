@@ -17,12 +17,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank
 from codiemb.errors import DataError
 from codiemb.evaluation.labelled import Labelled, training_source
 from codiemb.evaluation.labelled import load as load_labelled
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, embed_all, texts_of
+from codiemb.suites.suite import DataSet
 
 METRICS = ("accuracy", "f1")
 EXPERIMENTS = 10

@@ -13,10 +13,10 @@ from jaxtyping import Float
 from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, v_measure_score
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank
 from codiemb.evaluation.labelled import Labelled, load
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, embed_all, texts_of
+from codiemb.suites.suite import DataSet
 
 METRICS = ("v_measure", "ami")
 EXPERIMENTS = 10

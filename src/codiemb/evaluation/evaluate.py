@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from codiemb.config import Source, load_suite
+from codiemb.config import Source
 from codiemb.encoder.location import locate
 from codiemb.encoder.model import open_model
 from codiemb.errors import EvaluationError
 from codiemb.evaluation.scores import Encoder
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
+from codiemb.suites.suite import load_suite
 
 
 def evaluate(

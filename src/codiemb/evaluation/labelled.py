@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from codiemb.config import DataSet, Source
+from codiemb.config import Source
 from codiemb.data.readers import is_beir, read_rows
 from codiemb.data.records import RowReader
 from codiemb.errors import DataError
 from codiemb.evaluation.scores import digest
+from codiemb.suites.suite import DataSet
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 from mteb.models.model_meta import ModelMeta
 from mteb.models.search_wrappers import SearchEncoderWrapper
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank
 from codiemb.evaluation import reranking, retrieval
 from codiemb.evaluation.mteb_tasks import MtebTask, open_task
 from codiemb.evaluation.scores import Encoder, Scores, embed_all, texts_of
 from codiemb.section import Role
+from codiemb.suites.suite import DataSet
 
 _NAMES = {  # our metric: mteb's, by task
     "retrieval": {

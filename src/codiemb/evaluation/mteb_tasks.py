@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from codiemb.config import DataSet
 from codiemb.errors import ConfigError, EvaluationError
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores
 from codiemb.settings_file import nearest
+from codiemb.suites.suite import DataSet
 
 TYPES = {
     "Retrieval": "retrieval",

@@ -17,12 +17,12 @@ from sklearn.metrics.pairwise import (
     paired_manhattan_distances,
 )
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank
 from codiemb.errors import DataError
 from codiemb.evaluation.pairs import Pairs, embed
 from codiemb.evaluation.pairs import load as load_pairs
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores
+from codiemb.suites.suite import DataSet
 
 METRICS = ("max_ap", "max_accuracy", "max_f1", "cosine_ap", "cosine_accuracy", "cosine_f1")
 

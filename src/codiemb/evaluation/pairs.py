@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from codiemb.config import DataSet
 from codiemb.data.store import Records, load_records
 from codiemb.evaluation.scores import Encoder, embed_all, texts_of
+from codiemb.suites.suite import DataSet
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codiemb.config import DataSet
 from codiemb.data.beir import Qrels
 from codiemb.data.store import load_records
 from codiemb.distributed import rank
 from codiemb.errors import DataError
 from codiemb.evaluation.retrieval import items_of, score
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, digest, embed_all, texts_of
+from codiemb.suites.suite import DataSet
 
 METRICS = ("map", "mrr_at_10", "ndcg_at_10")
 

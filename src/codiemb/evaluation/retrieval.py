@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from codiemb.config import DataSet, Source
+from codiemb.config import Source
 from codiemb.data.beir import Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
 from codiemb.distributed import joined, rank
 from codiemb.encoder.engine import encode_on_all_ranks, encode_share
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, digest, progress, texts_of
+from codiemb.suites.suite import DataSet
 
 RETRIEVED = 1000  # documents kept of each ranking, as trec_eval and mteb do
 METRICS = ("ndcg_at_10", "mrr_at_10", "map", "recall_at_100")

@@ -12,13 +12,13 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank, world_size
 from codiemb.encoder.elsewhere import OtherEncoder
 from codiemb.encoder.engine import encode_on_all_ranks
 from codiemb.encoder.model import instructed, max_length, prompt
 from codiemb.encoder.tokens import Text
 from codiemb.section import Role
+from codiemb.suites.suite import DataSet
 
 Encoder = SentenceTransformer | OtherEncoder
 Instructions = Sequence[str | None] | None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from codiemb.config import DataSet
 from codiemb.distributed import rank
 from codiemb.evaluation.pairs import Pairs, embed, load
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores
+from codiemb.suites.suite import DataSet
 
 METRICS = ("spearman", "pearson")
 

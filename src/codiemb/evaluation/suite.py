@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from sentence_transformers import SentenceTransformer
 
-from codiemb.config import ROLES, DataSet, Source
+from codiemb.config import ROLES, Source
 from codiemb.distributed import from_first, on_first, rank
 from codiemb.encoder.model import open_model
 from codiemb.evaluation import cache
@@ -30,6 +30,7 @@ from codiemb.evaluation.reranking import RERANKING
 from codiemb.evaluation.retrieval import RETRIEVAL
 from codiemb.evaluation.scores import Encoder, Evaluation, role_of
 from codiemb.evaluation.similarity import SIMILARITY
+from codiemb.suites.suite import DataSet
 from codiemb.tasks import TASKS
 from codiemb.versions import versions
 

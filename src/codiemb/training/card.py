@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from codiemb.config import Config, Source, dump_config
@@ -21,7 +22,7 @@ def write_card(
     report: Report,
     base: Results,
     trained: Results,
-    suite: list[Source],
+    suite: Sequence[Source],
     comparison: Comparison | None = None,
 ) -> None:
     """Writes `README.md` into a model folder, in the form the Hugging Face hub reads.

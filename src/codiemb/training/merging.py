@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,8 +36,8 @@ def merge_run(
     arguments: Any,
     encoder: SentenceTransformer,
     averaged: SentenceTransformer | None,
-    suite: list[Source],
-    dev: list[Source],
+    suite: Sequence[Source],
+    dev: Sequence[Source],
 ) -> dict[str, Results]:
     """Merges the checkpoints of the run into fused/<method> and scores each merge on the suite.
 
@@ -118,7 +119,7 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, confi
     logger.info(f"mean of the weights of all steps in {out}")
 
 
-def _means(encoder: SentenceTransformer, dev: list[Source]) -> dict[str, float]:
+def _means(encoder: SentenceTransformer, dev: Sequence[Source]) -> dict[str, float]:
     """By task the mean over the dev data sets."""
     return average(evaluate_suite(encoder, dev, None), dev) if dev else {}
 

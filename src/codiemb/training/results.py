@@ -29,7 +29,7 @@ class TrainResult:
     model: Path
     base: Results
     trained: Results
-    suite: list[Source]
+    suite: Sequence[Source]
     fused: dict[str, Results]
     comparison: dict[str, Any] | None
 

@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
-from codiemb.config import ROLES, Config, Role, Source, dump_config, load_suite
+from codiemb.config import ROLES, Config, Role, Source, dump_config
 from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
@@ -35,6 +35,7 @@ from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
 from codiemb.report.run_folder import read_comparison
+from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
@@ -70,8 +71,8 @@ class Prepared:
     encoder: SentenceTransformer
     records: dict[str, Records]
     plan: Plan
-    suite: list[Source]
-    dev: list[Source]
+    suite: Sequence[Source]
+    dev: Sequence[Source]
     report: Report
 
 
@@ -305,7 +306,7 @@ def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
     )
 
 
-def _evaluate(encoder: SentenceTransformer, suite: list[Source], out: Path, when: str) -> Results:
+def _evaluate(encoder: SentenceTransformer, suite: Sequence[Source], out: Path, when: str) -> Results:
     if suite:
         logger.info(f"evaluation {when}")
     return evaluate_suite(encoder, suite, out)
@@ -317,7 +318,7 @@ class _EvaluateDuring(TrainerCallback):
     Before the next step begins: a checkpoint of the step is written by then, whatever happens during the evaluation.
     """
 
-    def __init__(self, trainer: JointTrainer, stop: StopOnSignal, suite: list[Source], every: int) -> None:
+    def __init__(self, trainer: JointTrainer, stop: StopOnSignal, suite: Sequence[Source], every: int) -> None:
         self.trainer, self.stop, self.suite, self.every = trainer, stop, suite, every
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
