@@ -63,8 +63,10 @@ def pays(encoder: SentenceTransformer, micro_batches: Sequence[Any]) -> bool:
     return (
         len(micro_batches) > 1
         and at_once(encoder) > 1
-        and not getattr(encoder[0].model, "is_gradient_checkpointing", False)
-        and not any(type(module) is nn.Dropout and module.p for module in encoder.modules())
+        and not any(
+            getattr(module, "gradient_checkpointing", False) or (type(module) is nn.Dropout and module.p)
+            for module in encoder.modules()
+        )
     )
 
 
