@@ -138,6 +138,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if len(arguments.evaluations) < 2:
         raise EvaluationError("compare", got="one evaluation", expected="the reference and at least one more")
     if arguments.json:
+        if Path(arguments.json).is_dir():
+            raise ConfigError(f"--json {arguments.json}", got="a folder", expected="a file to write")
         require_folder("--json", Path(arguments.json).parent)
     found = compare(models_of(arguments.evaluations))
     if arguments.json:

@@ -160,11 +160,13 @@ DAMAGE = {
     "an id twice": (lambda f: edit_items(f / "search.items.parquet", query_id=lambda ids: [ids[1], *ids[1:]]), "79"),
     "other n": (lambda f: edit(f / "search.json", n=79), "80 items"),
     "no number": (lambda f: edit_items(f / "search.items.parquet", ndcg_at_10=lambda v: [float("nan"), *v[1:]]), "nan"),
+    "words": (lambda f: edit_items(f / "search.items.parquet", ndcg_at_10=lambda v: ["best"] * len(v)), "best"),
     "other labels": (lambda f: edit_items(f / "pairs.items.parquet", label=lambda v: [9.0, *v[1:]]), "pairs"),
     "items of another model": (lambda f: shutil.copy(f.parent / "good" / "search.items.parquet", f), "ndcg_at_10"),
     "no items file": (lambda f: (f / "search.items.parquet").unlink(), "nothing there"),
     "damaged items": (lambda f: (f / "search.items.parquet").write_bytes(b"PAR1 gone"), "search.items.parquet"),
     "damaged JSON": (lambda f: (f / "search.json").write_text('{"dataset": "sea'), "search.json"),
+    "metrics of another form": (lambda f: edit(f / "search.json", metrics=[0.5]), "metrics"),
     "JSON of something else": (lambda f: (f / "search.json").write_text('{"metrics": {}}'), "'dataset'"),
 }
 
@@ -199,6 +201,9 @@ def test_texts_of_another_version_are_refused(scores):
     [
         (["base"], "one evaluation"),
         (["base", "base"], "twice"),
+        (["base", "./base/"], "twice"),
+        (["base", "good", "--json", "empty"], "a folder"),
+        (["base", "good", "--json", "base/search.json/c.json"], "a file at"),
         (["base", "none"], "no such folder"),
         (["base", "none-*"], "no folder"),
         (["base", "run"], "run/eval/model"),
@@ -224,7 +229,7 @@ def test_wrong_folders_are_one_line(scores, monkeypatch, capsys, arguments, word
     [
         (["runs/a/eval/base", "runs/a/eval/model"], ["base", "model"]),
         (["runs/a/eval/model", "runs/b/eval/model"], ["a", "b"]),
-        (["scores/base", "runs/a/eval/model"], ["scores/base", "runs/a/eval/model"]),
+        (["scores/base", "runs/a/eval/model/"], ["scores/base", "runs/a/eval/model"]),
         (["runs/a/eval", "runs/b/eval", "runs/eval"], ["a/eval", "b/eval", "eval"]),
     ],
 )

@@ -224,4 +224,5 @@ def _judged(row: Row, p_holm: float, level: float) -> Row:
 
 
 def write_comparison(file: Path, comparison: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")

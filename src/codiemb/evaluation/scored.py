@@ -55,9 +55,10 @@ def models_of(arguments: Sequence[str]) -> dict[str, list[Path]]:
     Raises:
         EvaluationError: a pattern matches no folder, or a model is given twice.
     """
-    if twice := [argument for argument in arguments if arguments.count(argument) > 1]:
+    paths = [Path(argument).resolve() for argument in arguments]
+    if twice := [path for path in paths if paths.count(path) > 1]:
         raise EvaluationError("models", got=f"{twice[0]} twice", expected="different evaluations")
-    parts = [Path(argument).parts for argument in arguments]
+    parts = [path.parts for path in paths]
     front = _shared(parts)
     back = _shared([part[front:][::-1] for part in parts])
     names = [Path(*part[front : len(part) - back]).as_posix() for part in parts]
@@ -158,12 +159,17 @@ def _scored(file: Path, content: dict[str, Any]) -> Scored | None:
         raise EvaluationError(f"file {file}", got=f"the task {task!r}", expected=f"one of {', '.join(HEADLINE)}")
     if content["items"] is None or task not in COMPARED:
         return None
+    if not isinstance(content["items"], str) or not isinstance(content["metrics"], dict):
+        raise _damaged(file, "items or metrics of another form", "a result of codiemb evaluate")
     items = file.parent / content["items"]
     columns = SIMILARITY if task == "similarity" else (HEADLINE[task],)
     table = _items(items, columns)
     key = table.column_names[0]
     keys = table[key].to_pylist()
-    values = {name: table[name].to_numpy().astype(float) for name in columns}
+    try:
+        values = {name: table[name].to_numpy().astype(float) for name in columns}
+    except (TypeError, ValueError) as error:
+        raise _damaged(items, str(error), f"numbers in {' and '.join(columns)}") from None
     if len(keys) < 2 or len(keys) != content["n"] or len(set(keys)) != len(keys):
         raise _damaged(items, f"{len(keys)} items, {len(set(keys))} of them distinct", f"the {content['n']} of {file}")
     for name, column in values.items():

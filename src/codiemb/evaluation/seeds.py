@@ -6,8 +6,8 @@ hold; it is subtracted once (two crossed random factors: Clark 1973). The differ
 mean of two quantiles of Student's t, that of the items and that of the seeds, weighted by their variances (Cochran and
 Cox 1950); the seeds of two models have Welch's degrees of freedom.
 
-So the level holds with two or three seeds as well, where Satterthwaite's degrees of freedom for the whole reject up to
-12 % and 8 % of true null hypotheses, and a bootstrap of seeds and items, which resamples three numbers, far more
+So the level holds with few seeds as well. Satterthwaite's degrees of freedom for the whole reject up to 12 % of true
+null hypotheses with two seeds and 8 % with three; a bootstrap of seeds and items, which resamples three numbers, 10 %
 (`benchmarks/significance.py`). The price is power: as the seeds are few, so is what they show.
 """
 
