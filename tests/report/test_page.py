@@ -1,5 +1,6 @@
 """The page of a run: what is there is shown, what is not is left out, and damage ends with one line."""
 
+import errno
 import json
 import os
 import re
@@ -278,6 +279,18 @@ def test_a_damaged_file_is_one_line_and_the_old_page_stays(whole, tmp_path, caps
     assert Path(name).name in error
     assert (run / "report.html").read_text() == "the old page"
     assert not list(run.glob("*.partial"))
+
+
+def test_a_full_disk_is_one_line_and_the_old_page_stays(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    runs.write_steps(tmp_path, [runs.step_line(1)])
+    (tmp_path / "report.html").write_text("the old page")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device, expected room to write, free some disk"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_text() == "the old page"
 
 
 @pytest.mark.parametrize("there", [True, False])
