@@ -133,7 +133,7 @@ def compared(model, scores):
         means.append(difference("", sum(one) / len(one), sum(other) / len(other), "better", task))
     means.append(
         difference(
-            "", sum(line["reference"] for line in means) / 2, sum(line["model"] for line in means) / 2, "better", "all"
+            "", sum(BEFORE[name] for name in scores) / len(scores), sum(scores.values()) / len(scores), "better", "all"
         )
     )
     return {"model": model, "data_sets": lines, "means": means}

@@ -11,7 +11,7 @@ from codiemb.report.markup import Markup, element, fold, interval, name, number,
 from codiemb.report.results import mark
 from codiemb.report.run_folder import Run
 from codiemb.report.scatter import Point, scatter
-from codiemb.report.scores import task_means
+from codiemb.report.scores import of_same, task_means
 
 
 def fusion_section(run: Run) -> Markup | None:
@@ -35,24 +35,22 @@ def fusion_section(run: Run) -> Markup | None:
 def _scores(run: Run, fused: list[str]) -> Markup:
     models = [model for model in ("base", "model", *fused) if model in run.evaluations]
     means = {model: task_means(run.evaluations[model].values()) for model in models}
-    tasks = list(dict.fromkeys(task for found in means.values() for task in found))
+    tasks = [task for task in dict.fromkeys(task for found in means.values() for task in found) if task != "all"]
     rows = []
     for model in models:
-        compared = run.comparison.of(model) if run.comparison and model != "base" else None
-        overall = next((line for line in compared.means if line.task == "all"), None) if compared else None
-        average = mean(means[model].values()) if means[model] else None
-        change = average - mean(means["base"].values()) if average is not None and means.get("base") else None
-        rows.append(
-            [
-                name({"base": "base", "model": "trained model"}.get(model, f"fused: {model}")),
-                *(points(means[model].get(task)) for task in tasks), points(average),
-                signed(overall.difference if overall else change) if model != "base" else None,
-                interval(overall.interval) if overall else None,
-                mark(overall.verdict if overall else "") if model != "base" else "",
-            ]
-        )  # fmt: skip
+        name_of = {"base": "base", "model": "trained model"}.get(model, f"fused: {model}")
+        row = [name(name_of), *(points(means[model].get(task)) for task in [*tasks, "all"])]
+        before, after = means.get("base", {}).get("all"), means[model].get("all")
+        if model == "base" or before is None or after is None:
+            rows.append([*row, None, None, ""])
+            continue
+        compared = run.comparison.of(model) if run.comparison else None
+        lines = [of_same(line, before, after) for line in compared.means if line.task == "all"] if compared else []
+        tested = lines[0] if lines else None
+        bounds, verdict = (tested.interval, tested.verdict) if tested else (None, "")
+        rows.append([*row, signed(after - before), interval(bounds), mark(verdict)])
     of_tasks = [f"mean {task.replace('_', ' ')}" for task in tasks]
-    header = ["model", *of_tasks, "mean of the tasks", "against base", "interval", "mark"]
+    header = ["model", *of_tasks, "mean of all", "against base", "interval", "mark"]
     return table(header, rows, "Fused models")
 
 

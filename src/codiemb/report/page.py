@@ -6,7 +6,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-from codiemb.files import write_whole
+from codiemb.files import require_folder, told_of_full_disk, write_whole
 from codiemb.report.conflict import conflict_section
 from codiemb.report.data import data_section
 from codiemb.report.examples import examples_section
@@ -38,13 +38,15 @@ def write_report(folder: Path) -> Path:
     """Writes `report.html` into a run folder; an earlier one stays until the new one is whole.
 
     Raises:
-        CheckpointError: no run is there, or a file of it is damaged.
+        CheckpointError: no run is there, a file of it is damaged, or there is no room on the disk.
         EvaluationError: scores or comparisons are damaged.
+        ConfigError: the folder cannot be written.
     """
     content = page(read_run(folder))
-    path = folder / "report.html"
-    write_whole(path, content)
-    return path
+    require_folder("run folder", folder)
+    with told_of_full_disk(folder, "free some disk"):
+        write_whole(folder / "report.html", content)
+    return folder / "report.html"
 
 
 def page(run: Run) -> str:

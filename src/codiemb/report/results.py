@@ -55,7 +55,7 @@ def headline_section(run: Run) -> Markup | None:
 
 
 def _tile(score: Score, axis: Axis) -> Markup:
-    what = "mean of the tasks" if score.task == "all" else score.task.replace("_", " ")
+    what = "mean of all" if score.task == "all" else score.task.replace("_", " ")
     about = " · ".join(part for part in (metric_name(score.metric), plural(score.n or 0, "data set")) if part)
     bounds = interval(score.interval) if score.interval else ""
     return element(
@@ -83,7 +83,7 @@ def results_section(run: Run) -> Markup | None:
     rows = []
     for place, score in enumerate(listed):
         is_mean, task = place >= len(found), score.task.replace("_", " ")
-        title = "mean of the tasks" if score.task == "all" else f"mean {task}" if is_mean else name(score.name)
+        title = "mean of all" if score.task == "all" else f"mean {task}" if is_mean else name(score.name)
         rows.append(
             [
                 element("strong", title) if is_mean else title,
@@ -123,7 +123,7 @@ def _how(run: Run, tested: bool) -> str:
         return " ".join([*told, "The differences are not tested: without comparison.json they may be chance."])
     settings = run.comparison.settings if run.comparison else {}
     if isinstance(confidence := settings.get("confidence"), float):
-        told.append(f"Intervals hold {100 * confidence:g} %; p is corrected for the number of tests (Holm).")
+        told.append(f"Intervals of {100 * confidence:g} %; p is corrected for the number of tests (Holm).")
     if test := settings.get("test"):
         told.append(f"Test: {test}.")
     return " ".join([*told, "▲ better, ▼ worse, ≈ no difference shown."])
@@ -184,7 +184,8 @@ def during_section(run: Run) -> Markup | None:
     lines: dict[str, list[tuple[float, float]]] = {}
     for step, model in sorted(at.items()):
         for task, value in task_means(run.evaluations[model].values()).items():
-            lines.setdefault(task, []).append((step, 100 * value))
+            if task != "all":
+                lines.setdefault(task, []).append((step, 100 * value))
     charts = [
         line_chart(task.replace("_", " "), [Line(task, found, colour(task))], "step", "mean, points", steps=True)
         for task, found in lines.items()

@@ -65,38 +65,36 @@ def in_both(run: Run, before: str = "base", after: str = "model") -> list[tuple[
 
 
 def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]:
-    """Of each task over its data sets, and over the tasks if there are several."""
+    """Of each task over its data sets, and over all data sets if there are several tasks."""
     compared = run.comparison.of(after) if run.comparison else None
     tested = {line.task: line for line in compared.means} if compared else {}
     by_task: dict[str, list[Score]] = {}
     for score in found:
         by_task.setdefault(score.task, []).append(score)
-    of_tasks = [
-        Score(task, task, one_metric(listed), len(listed), *_average(listed), tested.get(task))
-        for task, listed in by_task.items()
-    ]
-    if len(of_tasks) < 2:
-        return of_tasks
-    of_all = tested.get("all")
-    both = (of_all.reference, of_all.model) if of_all else _average(of_tasks)
-    return [*of_tasks, Score("mean", "all", "", len(found), *both, of_all)]
+    if len(by_task) > 1:
+        by_task["all"] = [*found]
+    averaged = []
+    for task, listed in by_task.items():
+        metric = listed[0].metric if len({score.metric for score in listed}) == 1 else ""
+        both = mean(score.before for score in listed), mean(score.after for score in listed)
+        averaged.append(Score(task, task, metric, len(listed), *both, of_same(tested.get(task), *both)))
+    return averaged
+
+
+def of_same(line: Difference | None, before: float, after: float) -> Difference | None:
+    """What was tested, if it is the mean of the same data sets."""
+    same = line is not None and abs(line.reference - before) < 1e-6 and abs(line.model - after) < 1e-6
+    return line if same else None
 
 
 def task_means(evaluations: Iterable[Evaluation]) -> dict[str, float]:
-    """Mean headline of each task over its data sets."""
+    """Mean headline of each task over its data sets, and of `all` over all of them."""
     found: dict[str, list[float]] = {}
     for one in evaluations:
         if one.metrics:
-            found.setdefault(one.task, []).append(one.metrics[headline(one)])
+            for task in (one.task, "all"):
+                found.setdefault(task, []).append(one.metrics[headline(one)])
     return {task: mean(values) for task, values in found.items()}
-
-
-def _average(listed: Sequence[Score]) -> tuple[float, float]:
-    return mean(score.before for score in listed), mean(score.after for score in listed)
-
-
-def one_metric(listed: Sequence[Score]) -> str:
-    return listed[0].metric if len({score.metric for score in listed}) == 1 else ""
 
 
 def headline(evaluation: Evaluation) -> str:
