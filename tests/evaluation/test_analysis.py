@@ -50,7 +50,7 @@ def one_at_a_time(encoder, text, prompt):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_states_are_those_of_one_text_at_a_time(kind, threads, tiny_model_folder, decoder_folder, monkeypatch):
     """With a prompt for queries, in pieces of 7 texts; on two threads micro-batches run side by side."""
-    monkeypatch.setattr(analysis, "PIECE", 7)
+    monkeypatch.setattr(analysis, "_TEXTS_AT_ONCE", 7)
     encoder = open_model(str(tiny_model_folder if kind == "encoder" else decoder_folder), dtype=torch.float32)
     encoder.prompts = {"query": "w: ", "document": ""}
     entries = [Entry(text, "query" if number % 2 else "document") for number, text in enumerate(TEXTS)]

@@ -89,10 +89,14 @@ def test_spectra_by_hand():
 
 
 def test_a_direction_that_only_rounding_fills_is_not_counted():
-    """float32 holds 24 bits: a value of 1e-7 of the largest is not there, one of 1e-5 is."""
-    for smallest, rank in ((1e-7, 2), (1e-5, 3)):
-        values = singular_values(torch.diag(torch.tensor([1.0, 0.5, smallest])))
-        assert float(spectral(values, torch.tensor(3.0), 3)["rank"]) == rank
+    """float32 holds 24 bits: a value of 1e-7 of the largest is not there, one of 1e-5 is; in 1,000 rows or dimensions,
+    of which roundings come together, it is not."""
+    for smallest, width, rank in ((1e-7, 3, 2), (1e-5, 3, 3), (1e-5, 1000, 2)):
+        matrix = torch.nn.functional.pad(torch.diag(torch.tensor([1.0, 0.5, smallest])), (0, width - 3))
+        for turned in (matrix, matrix.mT):
+            values = singular_values(turned)
+            assert float(spectral(values, torch.tensor(float(len(turned))), turned.shape[1])["rank"]) == rank
+            assert np.linalg.matrix_rank(turned.numpy()) == rank
 
 
 def test_tokens_of_each_text_alone_whatever_stands_behind_its_mask():

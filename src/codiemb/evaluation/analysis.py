@@ -29,7 +29,7 @@ from codiemb.encoder.engine import pool_layer, room
 from codiemb.encoder.location import locate
 from codiemb.encoder.model import hidden_states, open_model
 from codiemb.encoder.threads import pays, side_by_side
-from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
+from codiemb.encoder.tokens import Features, Text, tokenize
 from codiemb.errors import EvaluationError
 from codiemb.evaluation.figure import figure
 from codiemb.evaluation.geometry import SPECTRAL, linear_cka, sentence_measures, token_measures
@@ -39,6 +39,7 @@ from codiemb.files import require_folder, write_whole
 logger = logging.getLogger(__name__)
 
 TOKEN_MEASURES = ("cosine", *SPECTRAL)
+_TEXTS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ def states_of(encoder: SentenceTransformer, texts: Texts, name: str) -> States:
     order = sorted(range(len(asked)), key=lambda place: len(asked[place].text), reverse=True)
     columns: list[Tensor] = []
     with tqdm(total=len(order), desc="analyze", unit="text", leave=False) as bar:
-        for start in range(0, len(order), PIECE):
-            places = order[start : start + PIECE]
+        for start in range(0, len(order), _TEXTS_AT_ONCE):
+            places = order[start : start + _TEXTS_AT_ONCE]
             found = _run(encoder, [asked[place] for place in places])
             if not columns:
                 columns = [room(len(order), column.flatten(1)).unflatten(1, column.shape[1:]) for column in found]
