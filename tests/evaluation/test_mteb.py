@@ -188,6 +188,7 @@ def suites(tmp_path):
 
 def test_our_evaluations_equal_those_of_mteb(tiny_encoder, suites, tmp_path):
     """One model, the same rows: every metric that both have, and the scores by query and pair."""
+    tiny_encoder.prompts = {"query": "q: ", "document": "d ", "similarity": "s? "}  # a wrong role would show
     ours, theirs = (evaluate(tiny_encoder, suite, tmp_path / suite.stem) for suite in suites)
     for name, metrics in theirs.items():
         shared = {metric: ours[name][metric] for metric in metrics}
