@@ -145,10 +145,14 @@ class OurReranking(OurSearch):
     lists = {key: list(gains) for key, gains in GAINS.items()}  # noqa: RUF012
 
 
+asked = []  # whether the hub could be asked for data that are not here
+
+
 class Absent(OurSTS):
     metadata = metadata("Absent", "STS", "cosine_spearman")
 
     def load_data(self, *_, **__):
+        asked.append(datasets.config.HF_HUB_OFFLINE)
         raise ConnectionError("Couldn't reach the hub\nand more")
 
 
@@ -184,6 +188,7 @@ def suites(tmp_path):
 
 def test_our_evaluations_equal_those_of_mteb(tiny_encoder, suites, tmp_path):
     """One model, the same rows: every metric that both have, and the scores by query and pair."""
+    tiny_encoder.prompts = {"query": "q: ", "document": "d ", "similarity": "s? "}  # a wrong role would show
     ours, theirs = (evaluate(tiny_encoder, suite, tmp_path / suite.stem) for suite in suites)
     for name, metrics in theirs.items():
         shared = {metric: ours[name][metric] for metric in metrics}
@@ -291,10 +296,14 @@ def test_metrics_equal_those_of_mteb_on_random_data_with_ties():
 def test_missing_data_are_named_all_at_once_before_anything_is_encoded(tiny_encoder, tmp_path, monkeypatch):
     (tmp_path / "suite.yaml").write_text("- {mteb: OurSTS}\n- {mteb: Absent}\n- {mteb: Absent, name: again}\n")
     monkeypatch.setattr("codiemb.evaluation.mteb_run.run", lambda *_: Scores({}, 0, {}))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    asked.clear()
     with pytest.raises(EvaluationError) as error:
         evaluate(tiny_encoder, tmp_path / "suite.yaml")
     assert "data of Absent (nobody/Absent), Absent (nobody/Absent): got nothing" in str(error.value)
     assert "Couldn't reach the hub)" in str(error.value)
+    assert asked == [False, True], "one wait for the hub, not one a data set"
+    assert datasets.config.HF_HUB_OFFLINE is False
 
 
 @pytest.mark.parametrize(
