@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/codiemb demo --out runs/demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu" --durations 5
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --durations 5
 	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile --durations 5
 
 check: install

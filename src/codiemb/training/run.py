@@ -161,24 +161,30 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             raise RuntimeError(
                 f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps, and no more came"
             )
-        encoder = _trained_encoder(trainer, run / WRITING)
-        averaged = averaged_encoder(encoder, trainer.ema)
-        merge_adapters(encoder)
-        if rank() == 0:
-            save_encoder(encoder, run / WRITING / "model")
-        trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
-        comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
-        if rank() == 0:
-            tested = read_comparison(run) if comparison else None
-            write_card(run / WRITING / "model", prepared.config, prepared.report, base, trained, suite, tested)
-            publish(run / WRITING / "model", run / "model")
-        barrier()
-        fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
-        if fused and suite:
-            comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
-        if rank() == 0:
-            clean(run)
-            report_run(run)
+        return _finish(config, trainer, prepared, base)
+
+
+def _finish(config: Config, trainer: JointTrainer, prepared: Prepared, base: Results) -> TrainResult:
+    """The trained model, its scores, merges of checkpoints, and what is told of all that."""
+    run, suite = Path(config.output_dir), prepared.suite
+    encoder = _trained_encoder(trainer, run / WRITING)
+    averaged = averaged_encoder(encoder, trainer.ema)
+    merge_adapters(encoder)
+    if rank() == 0:
+        save_encoder(encoder, run / WRITING / "model")
+    trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
+    comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
+    if rank() == 0:
+        tested = read_comparison(run) if comparison else None
+        write_card(run / WRITING / "model", config, prepared.report, base, trained, suite, tested)
+        publish(run / WRITING / "model", run / "model")
+    barrier()
+    fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
+    if fused and suite:
+        comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
+    if rank() == 0:
+        clean(run)
+        report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
 
 
