@@ -7,7 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from codiemb.errors import ConfigError
-from codiemb.fusion.search import Search, best, front, knee, pareto
+from codiemb.fusion.front import front, knee
+from codiemb.fusion.search import Search, best, pareto
 
 NAME = "encoder.layer.0.output.dense.bias"
 FILE = "model.safetensors"

@@ -23,6 +23,7 @@ from scipy.special import softmax
 from codiemb.errors import ConfigError
 from codiemb.files import write_whole
 from codiemb.fusion.alike import opened
+from codiemb.fusion.front import figure, front, knee
 from codiemb.fusion.fuse import fuse, layers_of, require_empty, require_settings
 
 logger = logging.getLogger(__name__)
@@ -221,26 +222,9 @@ def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
         "knee": at_knee,
     }
     write_whole(search.out / "pareto.json", json.dumps(content, indent=2) + "\n")
-    write_whole(search.out / "pareto.svg", _figure(tasks, points, best_of_all, at_knee))
+    write_whole(search.out / "pareto.svg", figure(tasks, points, best_of_all, at_knee))
     chosen = search.trials[at_knee]
     return f"{_table(search.trials, chosen)}\n\nmodel at the knee {search.keep(chosen)}"
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Places of the points that no other is as good as in both and better in one, by their first value."""
-    beaten = {
-        place for place, (x, y) in enumerate(points) if any(a >= x and b >= y and (a > x or b > y) for a, b in points)
-    }
-    return sorted(set(range(len(points))) - beaten, key=lambda place: points[place])
-
-
-def knee(points: Sequence[tuple[float, float]]) -> int:
-    """Of a front, ordered, the point farthest above the line between its ends, both axes scaled to that line."""
-    (left, top), (right, bottom) = points[0], points[-1]
-    width, height = (right - left) or 1.0, (top - bottom) or 1.0
-    return max(
-        range(len(points)), key=lambda place: (points[place][0] - left) / width + (points[place][1] - bottom) / height
-    )
 
 
 def _table(trials: Sequence[Trial], chosen: Trial) -> str:
@@ -251,25 +235,3 @@ def _table(trials: Sequence[Trial], chosen: Trial) -> str:
         scores = " | ".join(f"{100 * value:.2f}" for value in (*trial.scores.values(), trial.score))
         rows.append(f"| {names}: {trial.told()}{' **(chosen)**' * (trial is chosen)} | {scores} |")
     return "\n".join(rows)
-
-
-def _figure(tasks: Sequence[str], points: Sequence[tuple[float, float]], best_of_all: list[int], at_knee: int) -> str:
-    """The front and all points, in points of 0 to 100."""
-    xs, ys = ([100 * point[axis] for point in points] for axis in (0, 1))
-    width, height = (max(values) - min(values) or 1.0 for values in (xs, ys))
-    at = [(70 + 400 * (x - min(xs)) / width, 330 - 280 * (y - min(ys)) / height) for x, y in zip(xs, ys, strict=True)]
-    line = " ".join(f"{at[place][0]:.1f},{at[place][1]:.1f}" for place in best_of_all)
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{7 if place == at_knee else 4}" '
-        f'fill="{"#d55e00" if place == at_knee else "#0072b2" if place in best_of_all else "#999"}">'
-        f"<title>{tasks[0]} {xs[place]:.2f}, {tasks[1]} {ys[place]:.2f}</title></circle>"
-        for place, (x, y) in enumerate(at)
-    )
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 390" font-family="sans-serif" font-size="12">'
-        f'<polyline points="{line}" fill="none" stroke="#0072b2"/>{dots}'
-        f'<text x="270" y="378" text-anchor="middle">{tasks[0]}, mean in points: {min(xs):.2f} to {max(xs):.2f}</text>'
-        f'<text x="20" y="190" text-anchor="middle" transform="rotate(-90 20 190)">'
-        f"{tasks[1]}, mean in points: {min(ys):.2f} to {max(ys):.2f}</text>"
-        f'<text x="{at[at_knee][0] + 10:.1f}" y="{at[at_knee][1] - 8:.1f}">knee</text></svg>\n'
-    )
