@@ -30,11 +30,12 @@ from codiemb.encoder.engine import encode_on_all_ranks, encode_share
 from codiemb.encoder.model import instructed, max_length, open_model, prompt
 from codiemb.encoder.tokens import Text
 from codiemb.evaluation import retrieval, similarity
-from codiemb.evaluation.metrics import HEADLINE
 from codiemb.files import write_whole
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
+
+HEADLINE = {"retrieval": "ndcg_at_10", "similarity": "spearman"}
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,8 @@ def results_table(result: TrainResult) -> str:
 
     def line(name: str, metric: str, before: float, after: float, merged: float | None) -> str:
         end = "" if merged is None else f" {100 * merged:.2f} |"
-        if row := compared.get(name):
+        row = compared.get(name)
+        if row and abs(row["reference"] - before) < 1e-6:
             low, high = row["interval"]
             end = f" {100 * low:+.2f} to {100 * high:+.2f} | {row['verdict']} |{end}"
         elif compared:

@@ -1,3 +1,0 @@
-"""The metric that stands for a task in tables and comparisons."""
-
-HEADLINE = {"retrieval": "ndcg_at_10", "similarity": "spearman"}
