@@ -125,8 +125,9 @@ def test_scores_that_are_not_of_items_are_left_out_and_named(scores):
         write(scores / name, "intents", "classification", {"accuracy": float(np.mean(right))}, items, {})
         write(scores / name, "groups", "clustering", {"v_measure": 0.5}, {"experiment": [0, 1]}, {"n": 90})
         write(scores / name, "languages", "retrieval", {"ndcg_at_10": 0.9}, {"ndcg_at_10": [0.5, 0.6]}, {"mteb": {}})
+        write_search(scores / name, [0.5 + place / 4], "one query")
     found = compare(folders(scores, "base", "good"), resamples=999)
-    assert found["settings"]["left_out"] == ["groups", "languages"]
+    assert found["settings"]["left_out"] == ["groups", "languages", "one query"]
     row = row_of(found, "intents")
     assert (row["metric"], row["n"], row["verdict"]) == ("accuracy", 30, "better")
     assert row["difference"] == pytest.approx(1 / 3)

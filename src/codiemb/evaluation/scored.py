@@ -96,8 +96,8 @@ def _folders(argument: str) -> list[Path]:
 def read_evaluation(folder: Path) -> dict[str, Scored | None]:
     """The data sets in a folder that `codiemb evaluate` or `codiemb train` wrote, by name.
 
-    None where the score is not made up of items: clustering, average precision, a mean over subsets in mteb. JSON files
-    without metrics, such as a comparison, are no data sets.
+    None where the score is not made up of items, or of one alone: clustering, average precision, a mean over subsets in
+    mteb. JSON files without metrics, such as a comparison, are no data sets.
 
     Raises:
         EvaluationError: there is none, or a file is damaged or missing.
@@ -166,7 +166,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _if_of_items(file: Path, content: dict[str, Any]) -> Scored | None:
     if absent := [name for name in ("dataset", "task", "n", "items") if name not in content]:
         raise _damaged(file, f"no {absent[0]!r}", "a result of codiemb evaluate")
-    if content["items"] is None or content["task"] not in METRICS:
+    if content["items"] is None or content["task"] not in METRICS or content["n"] in (0, 1):
         return None
     if not isinstance(content["items"], str) or not isinstance(content["metrics"], dict):
         raise _damaged(file, "items or metrics of another form", "a result of codiemb evaluate")
