@@ -117,6 +117,22 @@ def test_results_do_not_depend_on_what_else_is_compared(scores):
     assert "Left out" in comparison_text(fewer)
 
 
+def test_scores_that_are_not_of_items_are_left_out_and_named(scores):
+    """Of clustering the items are experiments; in mteb a score may be a mean over subsets."""
+    for place, name in enumerate(("base", "good")):
+        right = [float(item % 3 <= place) for item in range(30)]
+        items = {"text": ["equal"] * 30, "label": ["a"] * 30, "accuracy": right}
+        write(scores / name, "intents", "classification", {"accuracy": float(np.mean(right))}, items, {})
+        write(scores / name, "groups", "clustering", {"v_measure": 0.5}, {"experiment": [0, 1]}, {"n": 90})
+        write(scores / name, "languages", "retrieval", {"ndcg_at_10": 0.9}, {"ndcg_at_10": [0.5, 0.6]}, {"mteb": {}})
+        write_search(scores / name, [0.5 + place / 4], "one query")
+    found = compare(folders(scores, "base", "good"), resamples=999)
+    assert found["settings"]["left_out"] == ["groups", "languages", "one query"]
+    row = row_of(found, "intents")
+    assert (row["metric"], row["n"], row["verdict"]) == ("accuracy", 30, "better")
+    assert row["difference"] == pytest.approx(1 / 3)
+
+
 def test_items_are_paired_by_id_not_by_place(scores):
     table = pq.read_table(scores / "good" / "search.items.parquet")
     before = row_of(compare(folders(scores, "base", "good")), "search")
@@ -156,6 +172,7 @@ def edit_items(file, **columns):
 DAMAGE = {
     "another split": (lambda f: edit(f / "search.json", split="dev"), "split"),
     "another corpus": (lambda f: edit(f / "search.json", documents=91), "documents"),
+    "another version": (lambda f: [edit(f.parent / m / "search.json", data_hash=m) for m in ("base", f.name)], "hash"),
     "other ids": (lambda f: edit_items(f / "search.items.parquet", query_id=lambda ids: ["x", *ids[1:]]), "'q0'"),
     "an id twice": (lambda f: edit_items(f / "search.items.parquet", query_id=lambda ids: [ids[1], *ids[1:]]), "79"),
     "other n": (lambda f: edit(f / "search.json", n=79), "80 items"),

@@ -18,8 +18,7 @@ from jaxtyping import Float
 
 from codiemb.errors import EvaluationError
 from codiemb.evaluation import significance
-from codiemb.evaluation.metrics import HEADLINE
-from codiemb.evaluation.scored import Scored, paired, read_evaluation, score
+from codiemb.evaluation.scored import METRICS, Scored, contributions, paired, read_evaluation
 from codiemb.evaluation.seeds import Crossed, crossed
 from codiemb.evaluation.significance import Paired
 from codiemb.files import write_whole
@@ -76,7 +75,7 @@ def compare(
 ) -> dict[str, Any]:
     """The comparison of models with the first of them, in the form of `comparison.json`.
 
-    Data sets that not every evaluation has, with scores of items, are left out and named.
+    Data sets that not every evaluation has, with items that make up the score, are left out and named.
 
     Args:
         models: folders of evaluations by name, one folder a seed.
@@ -131,7 +130,7 @@ def compare(
 def _findings(by_model: list[list[Scored]], resamples: int, random: np.random.Generator) -> list[_Finding]:
     """On one data set, of each model but the first."""
     data_set = by_model[0][0]
-    values = [np.stack([_contributions(run) for run in runs]) for runs in by_model]
+    values = [np.stack([contributions(run) for run in runs]) for runs in by_model]
     differences = [of_model.mean(axis=0) - values[0].mean(axis=0) for of_model in values[1:]]
     evidence: list[Evidence]
     if any(len(runs) > 1 for runs in by_model):
@@ -139,7 +138,7 @@ def _findings(by_model: list[list[Scored]], resamples: int, random: np.random.Ge
     else:
         signs = significance.random_signs(np.stack(differences), resamples, random)
         drawn = _drawn([runs[0] for runs in by_model], resamples, random)
-        scores = [score(runs[0]) for runs in by_model]
+        scores = [float(of_model.mean()) for of_model in values]
         evidence = [
             Paired(scores[0], scores[place], len(data_set.keys), signs[place - 1], drawn[place] - drawn[0])
             for place in range(1, len(by_model))
@@ -148,19 +147,12 @@ def _findings(by_model: list[list[Scored]], resamples: int, random: np.random.Ge
     return [_Finding(data_set, one, size) for one, size in zip(evidence, sizes, strict=True)]
 
 
-def _contributions(run: Scored) -> Float[np.ndarray, " item"]:
-    """What each item contributes to the headline metric, which is their mean."""
-    if run.task == "similarity":
-        return significance.spearman_contributions(run.values["cosine"], run.values["label"])
-    return run.values[HEADLINE[run.task]]
-
-
 def _drawn(runs: list[Scored], resamples: int, random: np.random.Generator) -> Float[np.ndarray, "model resample"]:
     """Scores on items drawn with replacement."""
     if runs[0].task == "similarity":
         cosines = np.stack([run.values["cosine"] for run in runs])
         return significance.bootstrap_spearman(cosines, runs[0].values["label"], resamples, random)
-    return significance.bootstrap_means(np.stack([_contributions(run) for run in runs]), resamples, random)
+    return significance.bootstrap_means(np.stack([contributions(run) for run in runs]), resamples, random)
 
 
 def _means(found: list[_Finding], confidence: float) -> list[Row]:
@@ -189,7 +181,7 @@ def _row(name: str, found: list[_Finding], confidence: float) -> Row:
     return Row(
         name=name,
         task=found[0].data_set.task,
-        metric=HEADLINE[found[0].data_set.task],
+        metric=METRICS[found[0].data_set.task],
         n=sum(len(one.data_set.keys) for one in found),
         reference=evidence.reference,
         model=evidence.model,

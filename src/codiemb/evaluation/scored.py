@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from codiemb.errors import EvaluationError, short
-from codiemb.evaluation import similarity
 from codiemb.evaluation.metrics import HEADLINE
+from codiemb.evaluation.significance import spearman_contributions
 
-FACTS = ("task", "split", "n", "documents")  # of the JSON file; what differs here is another data set, or version of it
-TEXTS = ("query", "text1", "text2", "label")  # of the items
-COMPARED = ("retrieval", "reranking", "similarity")  # item by item; the scores of other tasks are of all items at once
+# The headline of each task whose items make it up.
+METRICS = {task: HEADLINE[task] for task in ("retrieval", "reranking", "classification", "similarity")}
+FACTS = ("task", "split", "n", "documents", "data_hash")  # another value is another version of the data
+KEYS = ("query_id", "pair")  # else items are told apart by their place
+TEXTS = ("query", "text1", "text2", "text", "label")
 SIMILARITY = ("cosine", "label")
 
 
@@ -30,8 +32,8 @@ class Scored:
 
     Attributes:
         file: its JSON file.
-        facts: what must be the same in all evaluations that are compared.
-        key: the items' first column, which tells them apart.
+        facts: what must be the same in all evaluations that are compared, where they say it.
+        key: the column that tells items apart, or "row".
         keys: its values.
         texts: columns that must be the same as well, where both have them.
         values: by column what the metric is computed from, [item].
@@ -83,9 +85,10 @@ def _folders(argument: str) -> list[Path]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Scored | None]:
-    """The data sets in a folder that `codiemb evaluate` or `codiemb train` wrote, by name; None without items.
+    """The data sets in a folder that `codiemb evaluate` or `codiemb train` wrote, by name.
 
-    JSON files without metrics, such as a comparison, are no data sets.
+    None where the score is not made up of items, or of one alone: clustering, average precision, a mean over subsets in
+    mteb. JSON files without metrics, such as a comparison, are no data sets.
 
     Raises:
         EvaluationError: there is none, or a file is damaged or missing.
@@ -94,7 +97,7 @@ def read_evaluation(folder: Path) -> dict[str, Scored | None]:
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         content = _json(file)
         if "metrics" in content:
-            found[content.get("dataset", file.stem)] = _scored(file, content)
+            found[content.get("dataset", file.stem)] = _if_of_items(file, content)
     if not found:
         inside = " or ".join(str(path) for path in sorted(folder.glob("eval/*")) if path.is_dir())
         raise EvaluationError(
@@ -118,7 +121,7 @@ def paired(runs: Sequence[Scored]) -> list[Scored]:
 
 def _as_in(first: Scored, other: Scored) -> Scored:
     for fact in FACTS:
-        if first.facts[fact] != other.facts[fact]:
+        if None not in (first.facts[fact], other.facts[fact]) and first.facts[fact] != other.facts[fact]:
             raise _unlike(first, other, fact, other.facts[fact], first.facts[fact])
     places = {key: place for place, key in enumerate(other.keys)}
     if absent := [key for key in first.keys if key not in places]:
@@ -151,21 +154,27 @@ def _json(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _scored(file: Path, content: dict[str, Any]) -> Scored | None:
+def _if_of_items(file: Path, content: dict[str, Any]) -> Scored | None:
     if absent := [name for name in ("dataset", "task", "n", "items") if name not in content]:
         raise _damaged(file, f"no {absent[0]!r}", "a result of codiemb evaluate")
-    task = content["task"]
-    if task not in HEADLINE:
-        raise EvaluationError(f"file {file}", got=f"the task {task!r}", expected=f"one of {', '.join(HEADLINE)}")
-    if content["items"] is None or task not in COMPARED:
+    if content["items"] is None or content["task"] not in METRICS or content["n"] in (0, 1):
         return None
     if not isinstance(content["items"], str) or not isinstance(content["metrics"], dict):
         raise _damaged(file, "items or metrics of another form", "a result of codiemb evaluate")
-    items = file.parent / content["items"]
-    columns = SIMILARITY if task == "similarity" else (HEADLINE[task],)
+    try:
+        return _scored(file, content)
+    except EvaluationError:
+        if "mteb" in content:
+            return None
+        raise
+
+
+def _scored(file: Path, content: dict[str, Any]) -> Scored:
+    task, items = content["task"], file.parent / content["items"]
+    columns = SIMILARITY if task == "similarity" else (METRICS[task],)
     table = _items(items, columns)
-    key = table.column_names[0]
-    keys = table[key].to_pylist()
+    key = next((name for name in KEYS if name in table.column_names), "row")
+    keys = list(range(len(table))) if key == "row" else table[key].to_pylist()
     try:
         values = {name: table[name].to_numpy().astype(float) for name in columns}
     except (TypeError, ValueError) as error:
@@ -185,23 +194,23 @@ def _scored(file: Path, content: dict[str, Any]) -> Scored | None:
         {name: table[name].to_pylist() for name in TEXTS if name in table.column_names},
         values,
     )
-    recorded = content["metrics"].get(HEADLINE[task])
-    if recorded is None or abs(recorded - score(scored)) > 1e-4:
-        raise _damaged(items, f"{HEADLINE[task]} {score(scored):.4f}", f"{recorded} as in {file}")
+    recorded, found = content["metrics"].get(METRICS[task]), contributions(scored).mean()
+    if recorded is None or abs(recorded - found) > 1e-4:
+        raise _damaged(items, f"{METRICS[task]} {found:.4f}", f"{recorded} as in {file}")
     return scored
 
 
-def score(scored: Scored) -> float:
-    """The headline metric of the items."""
+def contributions(scored: Scored) -> Float[np.ndarray, " item"]:
+    """What each item contributes to the headline metric, which is their mean."""
     if scored.task == "similarity":
-        return similarity.score(scored.values["cosine"], scored.values["label"])["spearman"]
-    return float(scored.values[HEADLINE[scored.task]].mean())
+        return spearman_contributions(scored.values["cosine"], scored.values["label"])
+    return scored.values[METRICS[scored.task]]
 
 
 def _items(file: Path, required: Sequence[str]) -> pa.Table:
     try:
         names = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in names if name in (names[0], *required, *TEXTS)])
+        table = pq.read_table(file, columns=[name for name in names if name in (*KEYS, *required, *TEXTS)])
     except FileNotFoundError:
         raise _damaged(file, "nothing there", "the scores of the items") from None
     except (OSError, pa.ArrowException) as error:

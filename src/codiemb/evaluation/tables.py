@@ -27,7 +27,8 @@ def comparison_text(comparison: dict[str, Any], form: str = "table") -> str:
     if settings["resamples"]:
         parts += ["One evaluation a model: another seed of the training may give another result."]
     if settings["left_out"]:
-        parts += [f"Left out, because not every evaluation has their items: {', '.join(settings['left_out'])}."]
+        names = ", ".join(settings["left_out"])
+        parts += [f"Left out, because not every evaluation has items that make up their score: {names}."]
     comment = "% " if form == "latex" else ""
     return "\n\n".join(part if "\n" in part else comment + part for part in parts)
 
