@@ -53,6 +53,7 @@ def test_a_mean_over_data_sets_keeps_the_seeds_apart():
     assert mean.model == 3
     assert mean.spreads == (None, 0)
     assert mean.items.variance == 2 / 4
+    assert mean.rest == 2 * 0.25 / 4
 
 
 def test_equal_evaluations_do_not_differ():

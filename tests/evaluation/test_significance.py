@@ -71,16 +71,19 @@ def test_drawn_correlations_equal_scipys(count, monkeypatch):
 
 
 def test_contributions_to_spearman_are_the_jackknifes():
-    """Their mean is the correlation, and each is what leaving its pair out says, to first order; with ties."""
-    cosines, labels = graded_pairs(np.random.default_rng(3), 120, models=1)
-    cosines = cosines[0].round(1)
+    """Their mean is the correlation, and each is what leaving its pair out says, to first order.
+
+    Most labels are tied, so that the spread of the ranks depends on a pair as well.
+    """
+    cosines, labels = graded_pairs(np.random.default_rng(3), 400, models=1)
+    cosines, labels = cosines[0].round(1), np.where(labels < 4, 0, labels)
     found = significance.spearman_contributions(cosines, labels)
     whole = score(cosines, labels)["spearman"]
     assert found.mean() == pytest.approx(whole, abs=1e-12)
-    without = [score(np.delete(cosines, k), np.delete(labels, k))["spearman"] for k in range(120)]
-    left_out = 120 * whole - 119 * np.array(without)
-    assert found - found.mean() == pytest.approx(left_out - left_out.mean(), abs=0.1)
-    assert np.corrcoef(found, left_out)[0, 1] > 0.9999
+    without = [score(np.delete(cosines, k), np.delete(labels, k))["spearman"] for k in range(400)]
+    left_out = 400 * whole - 399 * np.array(without)
+    assert found - found.mean() == pytest.approx(left_out - left_out.mean(), abs=0.03)
+    assert found.std() > 0.5
 
 
 @pytest.mark.parametrize("constant", [0, 1])
