@@ -183,6 +183,13 @@ DAMAGE = {
     "no items file": (lambda f: (f / "search.items.parquet").unlink(), "nothing there"),
     "damaged items": (lambda f: (f / "search.items.parquet").write_bytes(b"PAR1 gone"), "search.items.parquet"),
     "damaged JSON": (lambda f: (f / "search.json").write_text('{"dataset": "sea'), "search.json"),
+    "a metric of another form": (lambda f: edit(f / "search.json", metrics={"ndcg_at_10": "0.5"}), "0.5 as in"),
+    "a metric that is no number": (
+        lambda f: edit(f / "search.json", metrics={"ndcg_at_10": float("nan")}),
+        "nan as in",
+    ),
+    "a task of another form": (lambda f: edit(f / "search.json", task=["retrieval"]), "task"),
+    "a name of another form": (lambda f: edit(f / "search.json", dataset=["search"]), "dataset"),
     "metrics of another form": (lambda f: edit(f / "search.json", metrics=[0.5]), "metrics"),
     "JSON of something else": (lambda f: (f / "search.json").write_text('{"metrics": {}}'), "'dataset'"),
 }

@@ -25,10 +25,12 @@ def test_gains_are_graded_where_they_are_whole_numbers(tmp_path):
             tmp_path,
             {"query": "a", "positives": ["p", "r"], "negatives": ["n"], "positive_scores": [2, 1]},
             {"query": "b", "positives": ["p"], "negatives": ["n"], "positive_scores": [0.7], "negative_scores": [0.2]},
-            {"query": "c", "positives": ["p"], "negatives": ["n", "m"], "negative_scores": [1, 0]},
+            {"query": "c", "positives": ["p"], "negatives": ["n", "m"], "negative_scores": [7, 0]},
+            {"query": "d", "positives": ["p"], "negatives": ["n"], "positive_scores": [1e300]},
         )
     )
-    assert gains_of(lists) == [{"p": 2, "r": 1, "n": 0}, {"p": 1, "n": 0}, {"p": 1, "n": 1, "m": 0}]
+    binary = {"p": 1, "n": 0}
+    assert gains_of(lists) == [{"p": 2, "r": 1, "n": 0}, binary, {**binary, "m": 0}, binary]
 
 
 def test_a_list_of_one_kind_is_left_out_and_counted(tmp_path):

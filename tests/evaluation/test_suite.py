@@ -4,6 +4,7 @@ import json
 import logging
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 import codiemb
 from codiemb.encoder import engine
 from codiemb.errors import EvaluationError
-from codiemb.evaluation import classification, clustering
+from codiemb.evaluation import cache, classification, clustering
 from codiemb.evaluation.cache import model_hash
 from codiemb.evaluation.evaluate import evaluate
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
@@ -135,6 +136,7 @@ CHANGES = {
     "length": lambda encoder: setattr(encoder, "max_seq_length", 3),
     "pooling": lambda encoder: setattr(encoder[1], "pooling_mode", "cls"),
     "dimensions": lambda encoder: setattr(encoder, "truncate_dim", 8),
+    "truncation side": lambda encoder: setattr(encoder.tokenizer, "truncation_side", "left"),
 }
 
 
@@ -146,7 +148,7 @@ def test_another_model_is_scored_anew(tiny_encoder, suite_file, said, change):
     CHANGES[change](tiny_encoder)
     after = evaluate(tiny_encoder, suite)
     assert said() == []
-    if change != "weight":
+    if change not in ("weight", "truncation side"):
         assert after != before
 
 
@@ -164,6 +166,34 @@ def test_a_damaged_result_is_scored_anew(tiny_encoder, suite_file, tmp_path, sai
         file.write_bytes(file.read_bytes()[: 20 * (number % 3)])
     assert evaluate(tiny_encoder, suite_file) == first
     assert said() == []
+    for file in (tmp_path / "cache" / "evaluations").glob("*.json"):
+        file.write_text("null")
+    assert evaluate(tiny_encoder, suite_file) == first
+
+
+def test_a_cache_that_cannot_be_written_loses_no_result(tiny_encoder, suite_file, tmp_path, monkeypatch, caplog):
+    """After a training, too."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path / "file"))
+    cache.keep("key", {"metrics": {}}, pa.table({"x": [1]}))
+    assert "not kept" in caplog.text
+
+
+def test_two_processes_may_keep_the_same_result(tmp_path, monkeypatch):
+    """Seeds that start together all score the same base; one must not take the other's unfinished file away."""
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path))
+    written = cache.write
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(cache, "write", written)
+        written(*arguments)
+        cache.keep("key", {"metrics": {}, "n": 1, "seconds": 2}, pa.table({"x": [2]}))
+
+    monkeypatch.setattr(cache, "write", meanwhile)
+    cache.keep("key", {"metrics": {}, "n": 1, "seconds": 1}, pa.table({"x": [1]}))
+    content, items = cache.find("key")
+    assert (content["seconds"], items["x"].to_pylist()) == (1, [1])
+    assert {path.name for path in (tmp_path / "evaluations").iterdir()} == {"key.json", "key.parquet"}
 
 
 def test_the_hash_is_that_of_the_saved_model_and_outlives_a_call(tiny_encoder, tiny_model_folder, tmp_path):
@@ -174,6 +204,17 @@ def test_the_hash_is_that_of_the_saved_model_and_outlives_a_call(tiny_encoder, t
     tiny_encoder.save(str(tmp_path / "saved"), create_model_card=False)
     assert model_hash(SentenceTransformer(str(tmp_path / "saved"), device="cpu")) == before
     assert model_hash(object()) is None
+
+
+def test_a_model_that_hides_its_weights_is_not_cached(tiny_encoder):
+    """A module of one's own may hold them anywhere."""
+
+    class Own(torch.nn.Module):
+        def forward(self, features):
+            return features
+
+    tiny_encoder.append(Own())
+    assert model_hash(tiny_encoder) is None
 
 
 class Plain:

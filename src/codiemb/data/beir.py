@@ -17,6 +17,7 @@ from codiemb.data.records import Record, RowReader
 from codiemb.errors import DataError, short
 
 Qrels = dict[str, dict[str, float]]
+MOST_GAIN = 1000  # trec_eval's memory grows with the largest; a larger one is an id or a time in the wrong column
 
 
 def read_qrels(path: Path) -> Qrels:
@@ -41,6 +42,8 @@ def read_qrels(path: Path) -> Qrels:
         query, document, gain = parts[0], parts[-2], float(parts[-1])
         if gain != int(gain):
             raise DataError(f"file {path}, line {number}", got=f"the gain {gain:g}", expected="a whole number")
+        if abs(gain) > MOST_GAIN:
+            raise DataError(f"file {path}, line {number}", got=f"the gain {gain:g}", expected=f"at most {MOST_GAIN}")
         qrels.setdefault(query, {})[document] = gain
     if not qrels:
         raise DataError(f"file {path}", got="no judgement", expected="lines of query-id, corpus-id, score")

@@ -121,7 +121,7 @@ def _item(row: dict[str, Any], where: str, columns: Sequence[str]) -> Item:
         parts.append(row[column])
     if all(part is None for part in parts):
         raise DataError(f"{where}, {columns[0]}", got="no text", expected="a text")
-    key = row.get("_id", row.get("id"))
+    key = row["_id"] if row.get("_id") is not None else row.get("id")
     return " ".join(filter(None, parts)), str(key) if key is not None else None
 
 

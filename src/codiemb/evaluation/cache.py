@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import tempfile
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,26 +25,32 @@ from codiemb.data.store import cache_folder
 from codiemb.encoder.elsewhere import OtherEncoder
 from codiemb.files import write_whole
 
-_FORMAT = 1  # raise it when what is scored, or how, changes
+logger = logging.getLogger(__name__)
+
+_FORMAT = 2  # raise it when what is scored, or how, changes
 
 
 def model_hash(encoder: SentenceTransformer | OtherEncoder) -> str | None:
     """Equal for models of equal weights, modules, settings and tokenizer; None if that cannot be told.
 
-    An object that is no SentenceTransformer hides what it computes, so its results are not kept.
+    What is no SentenceTransformer, runs on another backend than torch or has a module of another library hides what it
+    computes, so its results are not kept.
     """
-    if not isinstance(encoder, SentenceTransformer):
+    if not isinstance(encoder, SentenceTransformer) or getattr(encoder, "backend", "torch") != "torch":
+        return None
+    if not all(type(module).__module__.startswith("sentence_transformers.") for module in encoder):
         return None
     found = blake2b(digest_size=16)
     for name, weight in sorted(encoder.state_dict().items()):
         if isinstance(weight, Tensor):
             found.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
             found.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    described = [str(encoder.truncate_dim), _tokenizer(encoder.tokenizer)]
+    described = [str(encoder.truncate_dim), _tokenizer(getattr(encoder, "tokenizer", None))]
     for module in encoder:
         described += [type(module).__qualname__, repr(getattr(module, "get_config_dict", dict)())]
         for part in module.modules():
-            described += [repr(getattr(part, name, None)) for name in ("config", "peft_config")]
+            names = ("config", "peft_config", "_disable_adapters", "_active_adapter")
+            described += [repr(getattr(part, name, None)) for name in names]
     found.update(json.dumps(described).encode())
     return found.hexdigest()
 
@@ -52,7 +60,8 @@ def _tokenizer(tokenizer: Any) -> str:
     if tokenizer is None or not hasattr(tokenizer, "backend_tokenizer"):
         return repr(tokenizer)
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({name: part for name, part in parts.items() if name not in ("truncation", "padding")})
+    sides = [getattr(tokenizer, f"{what}_side", None) for what in ("truncation", "padding")]
+    return json.dumps([sides, {name: part for name, part in parts.items() if name not in ("truncation", "padding")}])
 
 
 def key_of(settings: dict[str, Any]) -> str:
@@ -62,8 +71,10 @@ def key_of(settings: dict[str, Any]) -> str:
 def find(key: str) -> tuple[dict[str, Any], pa.Table] | None:
     """The content of a result's file and its items, or None."""
     stem = cache_folder("evaluations") / key
-    with contextlib.suppress(OSError, ValueError, pa.ArrowException):  # nothing there, or damaged
-        return json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")), pq.read_table(f"{stem}.parquet")
+    with contextlib.suppress(OSError, ValueError, RecursionError, pa.ArrowException):  # nothing there, or damaged
+        content = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get("metrics"), dict) and {"n", "seconds"} <= set(content):
+            return content, pq.read_table(f"{stem}.parquet")
     return None
 
 
@@ -77,4 +88,13 @@ def write(stem: Path, content: dict[str, Any], items: pa.Table, suffix: str = ".
 
 
 def keep(key: str, content: dict[str, Any], items: pa.Table) -> None:
-    write(cache_folder("evaluations") / key, content, items)
+    """Keeps a result, whoever else keeps the same one now; a cache that cannot be written is told, and no error."""
+    try:
+        folder = cache_folder("evaluations")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="writing-") as own:
+            write(Path(own) / key, content, items)
+            for suffix in (".parquet", ".json"):
+                os.replace(Path(own) / f"{key}{suffix}", folder / f"{key}{suffix}")
+    except OSError as error:
+        logger.warning(f"the result is not kept for the next time: {error}")

@@ -23,7 +23,7 @@ class Labelled:
     left_out: dict[str, int]
 
     def digest(self) -> str:
-        return digest([self.texts, self.labels, self.instructions])
+        return digest([self.texts, self.labels, self.instructions, self.left_out])
 
 
 def load(source: Source) -> Labelled:

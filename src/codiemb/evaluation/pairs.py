@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from codiemb.data.store import Records, load_records
-from codiemb.evaluation.scores import Encoder, embed_all, texts_of
+from codiemb.evaluation.scores import Encoder, digest, embed_all, texts_of
 from codiemb.suites.suite import DataSet
 
 
@@ -25,7 +25,7 @@ class Pairs:
     records: Records
 
     def digest(self) -> str:
-        return self.records.digest()
+        return digest([self.records.digest(), self.records.dropped])
 
 
 def load(source: DataSet) -> Pairs:

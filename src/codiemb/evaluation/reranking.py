@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codiemb.data.beir import Qrels
+from codiemb.data.beir import MOST_GAIN, Qrels
 from codiemb.data.store import load_records
 from codiemb.distributed import rank
 from codiemb.errors import DataError
@@ -28,7 +28,7 @@ class Lists:
     left_out: dict[str, int]
 
     def digest(self) -> str:
-        return digest([self.queries, self.instructions, self.documents, self.qrels])
+        return digest([self.queries, self.instructions, self.documents, self.qrels, self.left_out])
 
 
 def load(source: DataSet) -> Lists:
@@ -62,10 +62,10 @@ def load(source: DataSet) -> Lists:
 
 
 def _gains(row: dict) -> dict[str, float]:
-    """Graded where all scores of the list are whole numbers, else 1 for positives and 0 for negatives."""
-    positives = row["positive_scores"] or [1.0] * len(row["positives"])
+    """Graded where both sides have scores and all are whole numbers, else 1 for positives and 0 for negatives."""
+    positives = row["positive_scores"]
     negatives = row["negative_scores"] or [0.0] * len(row["negatives"])
-    if any(gain != int(gain) for gain in (*positives, *negatives)):
+    if not positives or any(abs(gain) > MOST_GAIN or gain != int(gain) for gain in (*positives, *negatives)):
         positives, negatives = [1.0] * len(row["positives"]), [0.0] * len(row["negatives"])
     ids = map(str, (*row["positive_ids"], *row["negative_ids"]))
     return dict(zip(ids, (*positives, *negatives), strict=True))

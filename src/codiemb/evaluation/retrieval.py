@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from codiemb.config import Source
-from codiemb.data.beir import Qrels, present, read_corpus, read_qrels, read_queries
+from codiemb.data.beir import MOST_GAIN, Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
 from codiemb.distributed import joined, rank
@@ -40,7 +40,7 @@ class Collection:
     left_out: dict[str, int]
 
     def digest(self) -> str:
-        return digest([self.documents, self.queries, self.instructions, self.qrels])
+        return digest([self.documents, self.queries, self.instructions, self.qrels, self.left_out])
 
 
 def load_collection(source: Source) -> Collection:
@@ -53,13 +53,18 @@ def load_collection(source: Source) -> Collection:
         corpus, queries_file = beir_files(Path(source.path))
         file = beir_qrels(source)
         qrels = read_qrels(file)
-        documents = dict(read_corpus(corpus))
+        documents: dict[str, str] = {}
+        again = 0
+        for key, text in read_corpus(corpus):
+            again += key in documents
+            documents[key] = text
         rows = [row for row in read_queries(queries_file) if row[0] in qrels]
         qrels, absent = present(qrels, {key for key, _, _ in rows}, set(documents), f"file {file}")
         qrels = {query: gains for query, gains in qrels.items() if any(gain > 0 for gain in gains.values())}
         queries = {key: text for key, text, _ in rows if key in qrels}
         instructions = {key: instruction for key, _, instruction in rows if key in qrels and instruction}
-        return Collection(documents, queries, instructions, qrels, dict(absent))
+        left_out = dict(absent) | ({"document whose id stands on a later line again": again} if again else {})
+        return Collection(documents, queries, instructions, qrels, left_out)
     records = load_records(source)
     documents, queries, instructions, qrels = {}, {}, {}, {}
     for place, row in enumerate(records.table):
@@ -67,7 +72,9 @@ def load_collection(source: Source) -> Collection:
         queries[key] = row["query"]
         if row["instruction"]:
             instructions[key] = row["instruction"]
-        graded = row["positive_scores"] and all(gain >= 1 and gain == int(gain) for gain in row["positive_scores"])
+        graded = row["positive_scores"] and all(
+            1 <= gain <= MOST_GAIN and gain == int(gain) for gain in row["positive_scores"]
+        )
         gains = row["positive_scores"] if graded else [1.0] * len(row["positives"])  # else they are a teacher's scores
         qrels[key] = {str(number): gain for number, gain in zip(row["positive_ids"], gains, strict=True)}
         for number, text in zip(

@@ -149,7 +149,7 @@ def _unlike(first: Scored, other: Scored, what: str, got: Any, expected: Any) ->
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(file, str(error), "a JSON file") from None
     return content if isinstance(content, dict) else {}
 
@@ -157,10 +157,11 @@ def _json(file: Path) -> dict[str, Any]:
 def _if_of_items(file: Path, content: dict[str, Any]) -> Scored | None:
     if absent := [name for name in ("dataset", "task", "n", "items") if name not in content]:
         raise _damaged(file, f"no {absent[0]!r}", "a result of codiemb evaluate")
-    if content["items"] is None or content["task"] not in METRICS or content["n"] in (0, 1):
+    kinds = {"dataset": str, "task": str, "n": int, "items": str | None, "metrics": dict}
+    if other := [name for name, kind in kinds.items() if not isinstance(content[name], kind)]:
+        raise _damaged(file, f"{other[0]} of another form", "a result of codiemb evaluate")
+    if content["items"] is None or content["task"] not in METRICS or content["n"] < 2:
         return None
-    if not isinstance(content["items"], str) or not isinstance(content["metrics"], dict):
-        raise _damaged(file, "items or metrics of another form", "a result of codiemb evaluate")
     try:
         return _scored(file, content)
     except EvaluationError:
@@ -174,7 +175,11 @@ def _scored(file: Path, content: dict[str, Any]) -> Scored:
     columns = SIMILARITY if task == "similarity" else (METRICS[task],)
     table = _items(items, columns)
     key = next((name for name in KEYS if name in table.column_names), "row")
-    keys = list(range(len(table))) if key == "row" else table[key].to_pylist()
+    keys = (
+        list(range(len(table)))
+        if key == "row"
+        else [value if isinstance(value, int) else str(value) for value in table[key].to_pylist()]
+    )
     try:
         values = {name: table[name].to_numpy().astype(float) for name in columns}
     except (TypeError, ValueError) as error:
@@ -195,7 +200,7 @@ def _scored(file: Path, content: dict[str, Any]) -> Scored:
         values,
     )
     recorded, found = content["metrics"].get(METRICS[task]), contributions(scored).mean()
-    if recorded is None or abs(recorded - found) > 1e-4:
+    if not isinstance(recorded, int | float) or not abs(recorded - found) <= 1e-4:
         raise _damaged(items, f"{METRICS[task]} {found:.4f}", f"{recorded} as in {file}")
     return scored
 
