@@ -60,6 +60,17 @@ def test_the_table_of_a_line_holds_its_values():
     assert hover == ["1\none 0.5", "2\none 0.25\ntwo 3"]
 
 
+def test_bands_of_many_lines_are_left_to_the_table():
+    """Three bands over each other are a grey cloud, and one of them would set the axis for all."""
+    lines = [Line(str(n), [(0, 1.0), (1, 2.0)], n, [(0, 0.5, 9.0), (1, 1.0, 9.5)]) for n in range(3)]
+    few, many = (tree_of(line_chart("t", shown, "step", "loss")) for shown in (lines[:2], lines))
+    bands = [[path for path in tree.iter("path") if path.get("class").startswith("band")] for tree in (few, many)]
+    assert [len(found) for found in bands] == [2, 0]
+    tops = [tree.find(".//svg[@class='plot']").findall("text[@text-anchor='end']")[-2].text for tree in (few, many)]
+    assert tops == ["10", "2"]
+    assert "9.5" in [cell.text for cell in many.iter("td")]
+
+
 def test_a_line_of_orders_of_magnitude():
     """By orders, 100 stands in the middle of 1 and 10,000."""
     tree = tree_of(line_chart("t", [Line("a", [(0, 1.0), (1, 100.0), (2, 10_000.0)])], "layer", "number", log=True))

@@ -18,6 +18,7 @@ from codiemb.report.markup import Markup, Number, element, escape, fold, number,
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 408, 26, 196
 COLOURS = 7  # in page.css
+BANDS = 2  # of more lines the bands hide each other; their table has them
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ def line_chart(
         return None
     places = sorted({x for line in lines for x, _ in line.points})
     ys = [y for line in lines for _, y in line.points]
-    ys += [y for line in lines for _, low, high in line.band for y in (low, high)]
+    bands = [line for line in lines if line.spread] if len(lines) <= BANDS else []
+    ys += [y for line in bands for _, low, high in line.band for y in (low, high)]
     across = steps_axis(int(places[0]), math.ceil(places[-1]), LEFT, RIGHT) if steps else axis(places, LEFT, RIGHT)
     up = axis(ys, BOTTOM, TOP, zero=zero, log=log)
-    drawn: list[Markup] = [_band(line, across, up) for line in lines if line.spread]
+    drawn = [_band(line, across, up) for line in bands]
     for place, line in enumerate(lines):
         style, at = f"c{line.colour % COLOURS}", [(across.at(x), up.at(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)

@@ -85,13 +85,18 @@ def schedule_section(run: Run) -> Markup | None:
             of_source.setdefault(source, Counter())
             tasks.setdefault(source, facts.task)
     order = sorted(of_source, key=lambda source: (colour(tasks[source]), source))
+    shares = {
+        source: {place: count / steps_in[place] for place, count in found.items()}
+        for source, found in of_source.items()
+    }
+    most = max(share for found in shares.values() for share in found.values())
     rows = [
         Row(
             source,
             f"{100 * sum(of_source[source].values()) / len(run.steps):.1f} % of steps",
             {
-                place: f"fill c{colour(tasks[source]) % COLOURS} o{level(count / steps_in[place])}"
-                for place, count in of_source[source].items()
+                place: f"fill c{colour(tasks[source]) % COLOURS} o{level(share / most)}"
+                for place, share in shares[source].items()
             },
         )
         for source in order
