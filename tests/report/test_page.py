@@ -16,6 +16,7 @@ import pytest
 import codiemb
 from codiemb import cli
 from codiemb.errors import CheckpointError, EvaluationError
+from codiemb.report.figures import LEFT, RIGHT
 from codiemb.report.page import SECTIONS, write_report
 from tests.report import runs
 
@@ -191,6 +192,27 @@ def test_fused_models_stand_beside_the_trained_one(whole):
     recipes = rows_of(tree, "Recipes of the fusions")
     parents = "checkpoint-20, checkpoint-40"
     assert recipes[1] == ["delta", "delta", parents, "0.450, 0.550 (mean over 2 tensors)", "1", "7.25"]
+
+
+def test_a_fused_mean_of_other_data_sets_is_not_marked(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "comparison.json").read_text())
+    content["comparisons"][1]["means"][-1]["model"] += 0.01
+    (run / "comparison.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Fused models")}
+    assert rows["fused: delta"][3:] == ["+6.34", "–", "–not tested"]
+    assert rows["trained model"][-1] == "▲better"
+
+
+def test_histograms_of_lengths_show_the_cut_and_the_open_end(whole):
+    """Nine stretches of 8 tokens end at 72, the longest text has 130; texts are cut at 64."""
+    _, tree = shown(whole)
+    rows = rows_of(tree, "Data of faq: lengths, query")
+    assert rows[-1] == ["64 and more", "10"]
+    figure = next(one for one in tree.iter("figure") if one[0][0].text == "faq: lengths, query")
+    (mark,) = (line for line in figure.iter("line") if line.get("class") == "mark")
+    assert float(mark.get("x1")) == pytest.approx(LEFT + (RIGHT - LEFT) * 64 / 72, abs=0.1)
 
 
 def test_examples_are_the_extremes(whole):
