@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from codiemb.config import Granularity, Method, Norm, Weighting
 from codiemb.errors import ConfigError
@@ -138,6 +139,7 @@ def fuse(
         with (
             _hashes({base: of_base, **dict(zip(folders, parents, strict=True))}) as hashes,
             _unfinished(out) as unfinished,
+            threadpool_limits(1),  # tensors are merged side by side, each by one thread
         ):
             lengths = merge(parents, of_base, rule, unfinished)
             facts = {
@@ -322,15 +324,12 @@ def _by_run(folders: list[Path]) -> list[list[int]]:
 
 @contextlib.contextmanager
 def _hashes(models: dict[Path, Weights]) -> Iterator[Callable[[Path], dict[str, str]]]:
-    """SHA-256 of the weight files of each folder, found in a thread while the merge runs."""
-
-    def of(model: Weights) -> dict[str, str]:
-        return {str(file.relative_to(model.folder)): sha256(file) for file in model.files}
-
+    """SHA-256 of the weight files of each folder, found in a thread while the merge runs, shard by shard as it does."""
+    files = [(file.relative_to(model.folder), folder, file) for folder, model in models.items() for file in model.files]
     thread = ThreadPoolExecutor(1)
     try:
-        jobs = {folder: thread.submit(of, model) for folder, model in models.items()}
-        yield lambda folder: jobs[folder].result()
+        jobs = {(folder, place): thread.submit(sha256, file) for place, folder, file in sorted(files)}
+        yield lambda folder: {str(place): job.result() for (of, place), job in jobs.items() if of == folder}
     finally:
         thread.shutdown(cancel_futures=True)
 

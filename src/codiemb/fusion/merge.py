@@ -23,7 +23,7 @@ from jaxtyping import Float
 from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError
 from codiemb.fusion.folder import Stored, Weights
-from codiemb.fusion.numbers import narrowed, widened, wider
+from codiemb.fusion.numbers import narrowed, sum_of_squares, widened, wider
 from codiemb.fusion.weights import finished, layer_of, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 15  # elements worked on at once: what stays in a cache, and is not given back to the system each time
@@ -251,7 +251,7 @@ def _write_tensor(
         merged = rule.merge(tensor, weighed, parts, base)
         rows = narrowed(merged, tensor.like.dtype)
         written = widened(rows, tensor.like.dtype, merged.dtype)
-        length = np.square(written if base is None else written - base, dtype=np.float64).sum().item()
+        length = sum_of_squares(written if base is None else np.subtract(written, base, out=base))
         if not math.isfinite(length):
             refuse_not_finite(tensor, begin, len(rows))
         squared += 0.0 if base is None else length

@@ -6,6 +6,8 @@ its memory.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 TYPES: dict[str, np.dtype] = {
@@ -31,7 +33,9 @@ def wider(dtype: str) -> np.dtype:
 def widened(stored: np.ndarray, dtype: str, wide: np.dtype) -> np.ndarray:
     """Numbers as they are stored, in a type to do arithmetic in."""
     if dtype == "BF16":
-        stored = np.left_shift(stored, 16, dtype=np.uint32).view(np.float32)
+        bits = stored.astype(np.uint32)
+        bits <<= 16
+        stored = bits.view(np.float32)
     return stored.astype(wide, copy=False)
 
 
@@ -40,4 +44,16 @@ def narrowed(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype != "BF16":
         return values.astype(TYPES[dtype], copy=False)
     bits = values.astype(np.float32, copy=False).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    return rounded.astype(np.uint16)
+
+
+def sum_of_squares(values: np.ndarray) -> float:
+    """In double precision where squares of float32 would not be finite."""
+    flat = values.reshape(-1)
+    found = float(np.dot(flat, flat))
+    return found if math.isfinite(found) else float(np.square(flat, dtype=np.float64).sum())

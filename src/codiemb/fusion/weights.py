@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from codiemb.config import Norm, Weighting
+from codiemb.fusion.numbers import sum_of_squares
 
 
 def layer_of(name: str) -> str:
@@ -52,6 +53,8 @@ def weights_of(
 
 def norm_of_parts(part: Float[np.ndarray, "row width"], norm: Norm, rows: bool) -> Float[np.ndarray, " row"]:
     """What of a norm a tile gives, to be added to that of others: sums of |x| or x^2, by row or in all (one number)."""
+    if norm != "l1" and not rows:
+        return np.array([sum_of_squares(part)])
     size = np.abs(part) if norm == "l1" else np.square(part)
     return size.sum(axis=1) if rows else size.sum().reshape(1)
 
