@@ -193,6 +193,18 @@ def test_fused_models_stand_beside_the_trained_one(whole):
     assert recipes[1] == ["delta", "delta", parents, "0.450, 0.550 (mean over 2 tensors)", "1", "7.25"]
 
 
+def test_a_model_that_was_analysed_twice_has_two_columns(whole, tmp_path):
+    """The same name twice is no reason to have no report, nor to put a figure under another model."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "geometry.json").read_text())
+    content["models"].append(content["models"][0])
+    (run / "geometry.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = rows_of(tree, "Geometry of the pooled sentences")
+    assert rows[0] == ["", "base", "model", "base"]
+    assert rows[1] == ["anisotropy", "0.3", "0.21", "0.3"]
+
+
 def test_examples_are_the_extremes(whole):
     """Query n goes from n/10 up by 0.2 below 5, and down by 0.1 from 5 on; worst is what is lowest afterwards."""
     _, tree = shown(whole)
