@@ -52,14 +52,20 @@ logger = logging.getLogger(__name__)
 RUN_FILES = (
     "config.yaml",
     "plan.json",
-    "environment.json",
     "metrics.jsonl",
     "conflict.jsonl",
     "model",
     "fused",
     "eval",
     "comparison.json",
+    "geometry.json",
+    "geometry.svg",
+    "geometry",
+    "pareto.json",
+    "pareto.svg",
+    "trials.jsonl",
     "report.html",
+    "environment.json",  # the last to go: where it is, an earlier run was
 )
 
 
@@ -142,7 +148,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         logger.info(_settings_text(prepared, trainer))
         on_first(lambda: _hold(run, stack, seen))
         if rank() == 0:
-            _start_run_folder(run, overwrite, prepared, trainer)
+            _start_run_folder(run, overwrite, checkpoint is None, prepared, trainer)
         barrier()
 
         with without_head(encoder, config.model):
@@ -285,10 +291,13 @@ def _resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[s
     return text
 
 
-def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
+def _start_run_folder(run: Path, overwrite: bool, from_start: bool, prepared: Prepared, trainer: JointTrainer) -> None:
+    """Writes what the run is. One that starts from the first step keeps no file of an earlier run; what lies in a
+    folder where no run was is left alone."""
+    if overwrite or (from_start and (run / "environment.json").exists()):
+        for path in (run / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if overwrite:
-        for name in RUN_FILES:
-            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     clean(run)
