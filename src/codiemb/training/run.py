@@ -34,7 +34,7 @@ from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
-from codiemb.report.run_folder import read_comparison
+from codiemb.report.facts import Comparison
 from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
@@ -181,17 +181,25 @@ def _finish(config: Config, trainer: JointTrainer, prepared: Prepared, base: Res
     trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
     comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
     if rank() == 0:
-        tested = read_comparison(run) if comparison else None
-        write_card(run / WRITING / "model", config, prepared.report, base, trained, suite, tested)
+        _write_card(run / WRITING / "model", config, prepared, base, trained, comparison)
         publish(run / WRITING / "model", run / "model")
     barrier()
     fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
     if fused and suite:
         comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
     if rank() == 0:
+        if fused and comparison:
+            _write_card(run / "model", config, prepared, base, trained, comparison)
         clean(run)
         report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
+
+
+def _write_card(
+    folder: Path, config: Config, prepared: Prepared, base: Results, trained: Results, found: dict[str, Any] | None
+) -> None:
+    tested = Comparison.model_validate(found) if found else None
+    write_card(folder, config, prepared.report, base, trained, prepared.suite, tested)
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
