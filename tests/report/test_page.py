@@ -193,6 +193,52 @@ def test_fused_models_stand_beside_the_trained_one(whole):
     assert recipes[1] == ["delta", "delta", parents, "0.450, 0.550 (mean over 2 tensors)", "1", "7.25"]
 
 
+def test_means_of_models_are_over_the_data_sets_that_all_have(whole, tmp_path):
+    """A fused model that was not scored on the hardest data set would beat all others in the mean."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "delta" / "manuals.json").unlink()
+    content = json.loads((run / "comparison.json").read_text())
+    content["comparisons"] = content["comparisons"][:1]
+    (run / "comparison.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Fused models")}
+    assert rows["base"][:4] == ["68.00", "55.53", "61.77", "–"]  # of faq-test and sts
+    assert rows["trained model"] == ["74.29", "67.21", "70.75", "+8.98", "–", "–not tested"]
+    assert rows["fused: delta"] == ["74.69", "67.61", "71.15", "+9.38", "–", "–not tested"]
+    assert "Not scored on every model, and left out: manuals." in words(tree)
+
+
+def test_means_by_step_are_over_the_data_sets_of_every_step(whole, tmp_path):
+    """A line must not rise because a data set came later."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "step-20" / "manuals.json").unlink()
+    _, tree = shown(run)
+    assert [row[1] for row in rows_of(tree, "Data of retrieval")] == ["retrieval", "68", "71", "74.29"]
+    assert "Not scored at every step, and left out: manuals." in words(tree)
+
+
+@pytest.mark.parametrize("name", ["384", "step-²", "step-x", "step-"])
+def test_other_evaluations_are_no_steps(whole, tmp_path, name):
+    """One at 384 tokens is no step 384, and a digit that is no decimal one ended in a traceback."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    shutil.copytree(run / "eval" / "base", run / "eval" / name)
+    _, tree = shown(run)
+    assert [row[0] for row in rows_of(tree, "Data of retrieval")] == ["step", "0", "20", "40"]
+
+
+def test_a_comparison_of_another_metric_marks_nothing(whole, tmp_path):
+    """Its interval and verdict are not those of the difference that is shown."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "comparison.json").read_text())
+    other = runs.difference("faq-test", 0.9, 0.6, "worse", "retrieval", metric="accuracy")
+    content["comparisons"][0]["data_sets"][0] = other
+    (run / "comparison.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Results by data set")}
+    assert rows["faq-test"][:4] == ["nDCG@10", "68.00", "74.29", "+6.29"]
+    assert rows["faq-test"][5:7] == ["–", "–not tested"]
+
+
 def test_a_model_that_was_analysed_twice_has_two_columns(whole, tmp_path):
     """The same name twice is no reason to have no report, nor to put a figure under another model."""
     run = shutil.copytree(whole, tmp_path / "joint")
