@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import codiemb
@@ -269,9 +272,6 @@ def test_examples_are_the_extremes(whole):
 
 def test_scores_without_texts_make_no_examples(tmp_path):
     """Evaluations of earlier versions keep no texts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for model in ("base", "model"):
         runs.write_evaluation(tmp_path, model, {"sts": 0.5})
         pq.write_table(
@@ -317,6 +317,12 @@ DAMAGE = {
     "eval/model/sts.items.parquet": ("PAR1", "expected Parquet"),
     "fused/delta/fusion.json": ('{"parents": []}', "method: got nothing"),
     "pareto.json": ('{"tasks": [], "points": [], "front": [0], "knee": 0}', "a place that is no point"),
+    "geometry.json ": ("[" * 100_000, "expected JSON"),
+    "metrics.jsonl ": (f"{{{'[' * 100_000}\n{{}}\n", "metrics.jsonl, line 1"),
+    "conflict.jsonl ": ("[" * 100_000 + "\n{}\n", "conflict.jsonl, line 1"),
+    "metrics.jsonl  ": (json.dumps(runs.step_line(1, seconds=math.inf)), "metrics.jsonl, line 1, seconds: got inf"),
+    "metrics.jsonl   ": (json.dumps(runs.step_line(1, seconds=math.nan)), "metrics.jsonl, line 1, seconds: got nan"),
+    "metrics.jsonl    ": (json.dumps({**runs.step_line(1), "step": 10**400}), "metrics.jsonl, line 1, step"),
 }
 
 
@@ -337,6 +343,62 @@ def test_a_damaged_file_is_one_line_and_the_old_page_stays(whole, tmp_path, caps
     assert Path(name).name in error
     assert (run / "report.html").read_text() == "the old page"
     assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("data_set", "column", "values", "said"),
+    [
+        ("faq-test", "ndcg_at_10", [None, *[0.5] * 9], "got null or nan, expected finite numbers"),
+        ("faq-test", "ndcg_at_10", [math.nan, *[0.5] * 9], "got null or nan, expected finite numbers"),
+        ("faq-test", "ndcg_at_10", ["a"] * 10, "got string, expected numbers"),
+        ("faq-test", "retrieved", ["a"] * 10, "got string, expected lists of results"),
+        ("faq-test", "retrieved", [["a"]] * 10, "expected lists of results"),
+        ("faq-test", "retrieved", [[{"text": "a", "score": "high"}]] * 10, "expected lists of results"),
+        ("faq-test", "query_id", [["a"]] * 10, "expected texts"),
+        ("sts", "cosine", ["a"] * 10, "got string, expected numbers"),
+        ("sts", "label", [None, *[0.5] * 9], "got null or nan, expected finite numbers"),
+    ],
+)
+def test_items_of_another_kind_are_refused(whole, tmp_path, data_set, column, values, said):
+    """A file that was made or changed by hand ends in a line that names the column, not in a traceback."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    for model in ("base", "model"):
+        path = run / "eval" / model / f"{data_set}.items.parquet"
+        items = pq.read_table(path)
+        pq.write_table(items.set_column(items.column_names.index(column), column, pa.array(values)), path)
+    with pytest.raises(EvaluationError, match=rf"{data_set}.items.parquet, column {column}: .*{said}"):
+        write_report(run)
+
+
+def test_results_that_are_null_are_passed_over(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "joint")
+    path = run / "eval" / "model" / "faq-test.items.parquet"
+    items = pq.read_table(path)
+    lists = [None, [None, {"text": "found", "score": None, "gain": None}], *items["retrieved"].to_pylist()[2:]]
+    pq.write_table(items.set_column(items.column_names.index("retrieved"), "retrieved", pa.array(lists)), path)
+    _, tree = shown(run)
+    assert "found" in words(tree)
+
+
+def test_a_link_to_nothing_is_damage(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "base" / "z.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(EvaluationError, match=r"z\.json: got .*No such file"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 10**400])
+def test_what_no_axis_can_hold_is_left_out(whole, tmp_path, value):
+    """A loss that ran away is when the report is wanted most."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    losses = {"loss": min(value, 1e308), "loss/info_nce": value, "learning_rate": min(value, 1e308)}
+    runs.write_steps(run, [runs.step_line(1), runs.step_line(2, **losses), runs.step_line(3, loss=-1.0)])
+    content = json.loads((run / "geometry.json").read_text())
+    content["models"][0]["layers"][0]["condition_number"] = value
+    (run / "geometry.json").write_text(json.dumps(content))
+    text, tree = shown(run)
+    assert "In 1 step the loss is no number" in words(tree)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
 
 
 def test_a_full_disk_is_one_line_and_the_old_page_stays(tmp_path, monkeypatch):

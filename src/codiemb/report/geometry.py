@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codiemb.report.bins import drawable
 from codiemb.report.figures import Line, line_chart
 from codiemb.report.markup import Markup, element, number, plural, section, table
 from codiemb.report.run_folder import Run
@@ -64,7 +64,7 @@ def words(metric: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, int | float) and drawable(value) else None
 
 
 def _shown(value: Any) -> Any:
