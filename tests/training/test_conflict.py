@@ -104,6 +104,21 @@ def test_the_gradient_is_that_of_a_backward_pass_and_nothing_else_changes(prepar
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("means", [{}, {"retrieval/info_nce": torch.tensor([3.0, 0.5])}])
+def test_the_order_of_the_batches_does_not_matter(prepared, means):
+    """With running means each batch would move the divisor of the next, so that the norm at step 0 would say how many
+    batches were drawn."""
+    joint, reader = prepared
+    inputs = fixed_batches(reader)["retrieval"]
+    joint.balance.means = dict(means)
+    forwards, backwards = gradient_of(joint, inputs), gradient_of(joint, inputs[::-1])
+    alone = [gradient_of(joint, [batch]) for batch in inputs]
+    assert any(not torch.allclose(alone[0][place], alone[1][place]) for place in range(len(forwards))), "one batch"
+    for one, other, *each in zip(forwards, backwards, *alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
 def test_the_batches_are_four_of_each_task_and_not_those_of_training(prepared):
     """Retrieval has four batches an epoch and similarity three; a third source would have its part of the four."""
     _, reader = prepared

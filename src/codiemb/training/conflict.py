@@ -127,8 +127,11 @@ def gradient_of(joint: JointModel, batches: Iterable[Any]) -> Gradient:
     """
     weights = _trained(joint.encoder).values()
     total, counted = [torch.zeros_like(weight) for weight in weights], 0
+    means = dict(joint.balance.means) if joint.balance else {}
     with _left_as_it_was(joint):
         for batch in batches:
+            if joint.balance:  # each batch is divided as the next step would be, whichever come before it here
+                joint.balance.means = dict(means)
             loss = joint(batch["batches"], batch["micro_batches"])["loss"]
             found = torch.autograd.grad(loss, list(weights), allow_unused=True)
             for whole, gradient in zip(total, found, strict=True):
