@@ -18,7 +18,7 @@ from codiemb.errors import ConfigError
 from codiemb.training import trainer
 from codiemb.training.clock import PHASES
 from codiemb.training.metrics import MetricsLog
-from codiemb.training.results import results_table
+from codiemb.training.results import compare_run, results_table
 from tests.small_run import LETTERS, assert_equal_weights, small_run, weights, write_lines
 
 
@@ -233,7 +233,14 @@ def test_parts_of_one_name_in_a_paired_step_are_all_logged(config_file, tmp_path
         assert line["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path):
+def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path, monkeypatch):
+    def marked(folder, evaluated):
+        found = compare_run(folder, evaluated)
+        for row in found["comparisons"][0]["data_sets"] if len(evaluated) == 2 else []:
+            row["verdict"] += ", before the merges"
+        return found
+
+    monkeypatch.setattr("codiemb.training.run.compare_run", marked)
     result = train(load_config(config_file, ["fusion={checkpoints: 3, method: uniform}"]))
     run = tmp_path / "run"
     facts = json.loads((run / "fused" / "uniform" / "fusion.json").read_text())
@@ -253,6 +260,9 @@ def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path):
     assert table[0][-3:] == ["95 % interval", "verdict", "uniform |"]
     assert {line[-2] for line in table[2:]} <= {"better", "worse", "no difference shown"}
     assert {len(line) for line in table[2:]} == {8}
+    card = (run / "model" / "README.md").read_text()
+    assert f"| {comparison['comparisons'][0]['data_sets'][0]['verdict']} |" in card
+    assert "before the merges" not in card, "verdicts of the last comparison, which is corrected for the merges too"
     mean = (
         sum(weights(run / f"checkpoint-{step}")["0.model.embeddings.word_embeddings.weight"] for step in (9, 12, 14))
         / 3

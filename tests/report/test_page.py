@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import codiemb
@@ -215,6 +218,64 @@ def test_histograms_of_lengths_show_the_cut_and_the_open_end(whole):
     assert float(mark.get("x1")) == pytest.approx(LEFT + (RIGHT - LEFT) * 64 / 72, abs=0.1)
 
 
+def test_means_of_models_are_over_the_data_sets_that_all_have(whole, tmp_path):
+    """A fused model that was not scored on the hardest data set would beat all others in the mean."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "delta" / "manuals.json").unlink()
+    content = json.loads((run / "comparison.json").read_text())
+    content["comparisons"] = content["comparisons"][:1]
+    (run / "comparison.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Fused models")}
+    assert rows["base"][:4] == ["68.00", "55.53", "61.77", "–"]  # of faq-test and sts
+    assert rows["trained model"] == ["74.29", "67.21", "70.75", "+8.98", "–", "–not tested"]
+    assert rows["fused: delta"] == ["74.69", "67.61", "71.15", "+9.38", "–", "–not tested"]
+    assert "Not scored on every model, and left out: manuals." in words(tree)
+
+
+def test_means_by_step_are_over_the_data_sets_of_every_step(whole, tmp_path):
+    """A line must not rise because a data set came later."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "step-20" / "manuals.json").unlink()
+    _, tree = shown(run)
+    assert [row[1] for row in rows_of(tree, "Data of retrieval")] == ["retrieval", "68", "71", "74.29"]
+    assert "Not scored at every step, and left out: manuals." in words(tree)
+
+
+@pytest.mark.parametrize("name", ["384", "step-²", "step-x", "step-"])
+def test_other_evaluations_are_no_steps(whole, tmp_path, name):
+    """One at 384 tokens is no step 384, and a digit that is no decimal one ended in a traceback."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    shutil.copytree(run / "eval" / "base", run / "eval" / name)
+    _, tree = shown(run)
+    assert [row[0] for row in rows_of(tree, "Data of retrieval")] == ["step", "0", "20", "40"]
+
+
+def test_a_comparison_of_another_metric_marks_nothing(whole, tmp_path):
+    """Its interval and verdict are not those of the difference that is shown."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "comparison.json").read_text())
+    other = runs.difference("faq-test", 0.9, 0.6, "worse", "retrieval", metric="accuracy")
+    content["comparisons"][0]["data_sets"][0] = other
+    (run / "comparison.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = {row[0]: row[1:] for row in rows_of(tree, "Results by data set")}
+    assert rows["faq-test"][:4] == ["nDCG@10", "68.00", "74.29", "+6.29"]
+    assert rows["faq-test"][5:7] == ["–", "–not tested"]
+
+
+def test_a_model_that_was_analysed_twice_has_two_columns(whole, tmp_path):
+    """The same name twice is no reason to have no report, nor to put a figure under another model."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "geometry.json").read_text())
+    content["models"].append(content["models"][0])
+    (run / "geometry.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    rows = rows_of(tree, "Geometry of the pooled sentences")
+    assert rows[0] == ["", "base", "model", "base"]
+    assert rows[1] == ["anisotropy", "0.3", "0.21", "0.3"]
+
+
 def test_examples_are_the_extremes(whole):
     """Query n goes from n/10 up by 0.2 below 5, and down by 0.1 from 5 on; worst is what is lowest afterwards."""
     _, tree = shown(whole)
@@ -233,9 +294,6 @@ def test_examples_are_the_extremes(whole):
 
 def test_scores_without_texts_make_no_examples(tmp_path):
     """Evaluations of earlier versions keep no texts."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     for model in ("base", "model"):
         runs.write_evaluation(tmp_path, model, {"sts": 0.5})
         pq.write_table(
@@ -281,6 +339,12 @@ DAMAGE = {
     "eval/model/sts.items.parquet": ("PAR1", "expected Parquet"),
     "fused/delta/fusion.json": ('{"parents": []}', "method: got nothing"),
     "pareto.json": ('{"tasks": [], "points": [], "front": [0], "knee": 0}', "a place that is no point"),
+    "geometry.json ": ("[" * 100_000, "expected JSON"),
+    "metrics.jsonl ": (f"{{{'[' * 100_000}\n{{}}\n", "metrics.jsonl, line 1"),
+    "conflict.jsonl ": ("[" * 100_000 + "\n{}\n", "conflict.jsonl, line 1"),
+    "metrics.jsonl  ": (json.dumps(runs.step_line(1, seconds=math.inf)), "metrics.jsonl, line 1, seconds: got inf"),
+    "metrics.jsonl   ": (json.dumps(runs.step_line(1, seconds=math.nan)), "metrics.jsonl, line 1, seconds: got nan"),
+    "metrics.jsonl    ": (json.dumps({**runs.step_line(1), "step": 10**400}), "metrics.jsonl, line 1, step"),
 }
 
 
@@ -301,6 +365,62 @@ def test_a_damaged_file_is_one_line_and_the_old_page_stays(whole, tmp_path, caps
     assert Path(name).name in error
     assert (run / "report.html").read_text() == "the old page"
     assert not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("data_set", "column", "values", "said"),
+    [
+        ("faq-test", "ndcg_at_10", [None, *[0.5] * 9], "got null or nan, expected finite numbers"),
+        ("faq-test", "ndcg_at_10", [math.nan, *[0.5] * 9], "got null or nan, expected finite numbers"),
+        ("faq-test", "ndcg_at_10", ["a"] * 10, "got string, expected numbers"),
+        ("faq-test", "retrieved", ["a"] * 10, "got string, expected lists of results"),
+        ("faq-test", "retrieved", [["a"]] * 10, "expected lists of results"),
+        ("faq-test", "retrieved", [[{"text": "a", "score": "high"}]] * 10, "expected lists of results"),
+        ("faq-test", "query_id", [["a"]] * 10, "expected texts"),
+        ("sts", "cosine", ["a"] * 10, "got string, expected numbers"),
+        ("sts", "label", [None, *[0.5] * 9], "got null or nan, expected finite numbers"),
+    ],
+)
+def test_items_of_another_kind_are_refused(whole, tmp_path, data_set, column, values, said):
+    """A file that was made or changed by hand ends in a line that names the column, not in a traceback."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    for model in ("base", "model"):
+        path = run / "eval" / model / f"{data_set}.items.parquet"
+        items = pq.read_table(path)
+        pq.write_table(items.set_column(items.column_names.index(column), column, pa.array(values)), path)
+    with pytest.raises(EvaluationError, match=rf"{data_set}.items.parquet, column {column}: .*{said}"):
+        write_report(run)
+
+
+def test_results_that_are_null_are_passed_over(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "joint")
+    path = run / "eval" / "model" / "faq-test.items.parquet"
+    items = pq.read_table(path)
+    lists = [None, [None, {"text": "found", "score": None, "gain": None}], *items["retrieved"].to_pylist()[2:]]
+    pq.write_table(items.set_column(items.column_names.index("retrieved"), "retrieved", pa.array(lists)), path)
+    _, tree = shown(run)
+    assert "found" in words(tree)
+
+
+def test_a_link_to_nothing_is_damage(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "joint")
+    (run / "eval" / "base" / "z.json").symlink_to(tmp_path / "nothing")
+    with pytest.raises(EvaluationError, match=r"z\.json: got .*No such file"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 5e-324, 10**400])
+def test_what_no_axis_can_hold_is_left_out(whole, tmp_path, value):
+    """A loss that ran away is when the report is wanted most."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    losses = {"loss": min(value, 1e308), "loss/info_nce": value, "learning_rate": min(value, 1e308)}
+    runs.write_steps(run, [runs.step_line(1), runs.step_line(2, **losses), runs.step_line(3, loss=-1.0)])
+    content = json.loads((run / "geometry.json").read_text())
+    content["models"][0]["layers"][0]["condition_number"] = value
+    (run / "geometry.json").write_text(json.dumps(content))
+    text, tree = shown(run)
+    assert "In 1 step the loss is no number" in words(tree)
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
 
 
 def test_a_full_disk_is_one_line_and_the_old_page_stays(tmp_path, monkeypatch):

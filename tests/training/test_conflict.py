@@ -9,9 +9,9 @@ import torch
 
 from codiemb import load_config, train
 from codiemb.batching.loader import StepReader
-from codiemb.errors import ConfigError
+from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import conflict
-from codiemb.training.conflict import compared, fixed_batches, gradient_of, group_of
+from codiemb.training.conflict import compared, fixed_batches, gradient_of, group_of, written_until
 from codiemb.training.joint import JointModel
 from codiemb.training.run import prepare
 from tests.small_run import assert_equal_weights, small_run
@@ -104,6 +104,21 @@ def test_the_gradient_is_that_of_a_backward_pass_and_nothing_else_changes(prepar
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("means", [{}, {"retrieval/info_nce": torch.tensor([3.0, 0.5])}])
+def test_the_order_of_the_batches_does_not_matter(prepared, means):
+    """With running means each batch would move the divisor of the next, so that the norm at step 0 would say how many
+    batches were drawn."""
+    joint, reader = prepared
+    inputs = fixed_batches(reader)["retrieval"]
+    joint.balance.means = dict(means)
+    forwards, backwards = gradient_of(joint, inputs), gradient_of(joint, inputs[::-1])
+    alone = [gradient_of(joint, [batch]) for batch in inputs]
+    assert any(not torch.allclose(alone[0][place], alone[1][place]) for place in range(len(forwards))), "one batch"
+    for one, other, *each in zip(forwards, backwards, *alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, torch.stack(each).mean(dim=0), rtol=1e-4, atol=1e-6)
+
+
 def test_the_batches_are_four_of_each_task_and_not_those_of_training(prepared):
     """Retrieval has four batches an epoch and similarity three; a third source would have its part of the four."""
     _, reader = prepared
@@ -128,6 +143,17 @@ def test_where_there_are_no_two_gradients_it_is_refused(config_file, overrides, 
     load_config(config_file, overrides)
     with pytest.raises(ConfigError, match=f"train.conflict_every: got 5 .*{words}"):
         load_config(config_file, [*overrides, "train.conflict_every=5"])
+
+
+@pytest.mark.parametrize("line", ['{"step": 4, "cos', "[]", '{"cosine": {}}', '{"step": null}', "[" * 100_000])
+def test_a_damaged_line_is_told_when_a_run_resumes(tmp_path, line):
+    """In one line, with what to do: a traceback would not say that the run itself can go on."""
+    path = tmp_path / "conflict.jsonl"
+    path.write_text('{"step": 0}\n{"step": 2}\n')
+    assert written_until(path, 1) == ['{"step": 0}']
+    path.write_text(f'{{"step": 0}}\n{line}\n')
+    with pytest.raises(CheckpointError, match=r"conflict\.jsonl, line 2.*remove the line, or the file"):
+        written_until(path, 4)
 
 
 def lines_of(run):

@@ -51,6 +51,11 @@ class Stretches:
         return f"{low:,}" if low == high else f"{low:,}–{high:,}"
 
 
+def drawable(value: float | None) -> bool:
+    """Whether a figure can hold a value: not NaN, and no larger or smaller than its axes can be computed for."""
+    return value is not None and (value == 0 or 1e-300 <= abs(value) <= 1e300)
+
+
 def stretches(steps: Iterable[int], most: int = MOST) -> Stretches:
     known = sorted({*steps})
     return Stretches(known, min(most, len(known)))
@@ -58,7 +63,7 @@ def stretches(steps: Iterable[int], most: int = MOST) -> Stretches:
 
 @dataclass(frozen=True)
 class Band:
-    """Median and quantiles by place of a stretch; places without a finite value are absent."""
+    """Median and quantiles by place of a stretch; places without a value to draw are absent."""
 
     median: dict[int, float]
     low: dict[int, float]
@@ -66,10 +71,10 @@ class Band:
 
 
 def band(steps: Sequence[int], values: Sequence[float | None], cut: Stretches) -> Band:
-    """Values of steps, each stretch in three numbers. What is no finite number is left out."""
+    """Values of steps, each stretch in three numbers. What cannot be drawn is left out."""
     found: dict[int, list[float]] = {}
     for step, value in zip(steps, values, strict=True):
-        if value is not None and np.isfinite(value):
+        if value is not None and drawable(value):
             found.setdefault(cut.of(step), []).append(value)
     three = {place: np.quantile(found[place], [LOW, 0.5, HIGH]).tolist() for place in sorted(found)}
     low, median, high = ({place: numbers[which] for place, numbers in three.items()} for which in range(3))

@@ -22,6 +22,7 @@ MOST = 24  # of each kind in all
 LENGTH = 200  # characters of a text
 QUERY = ("query_id", "query", "retrieved")
 PAIR = ("text1", "text2", "cosine", "label")
+TEXTS = ("query_id", "query", "text1", "text2")
 KINDS = ("Most improved", "Most worsened", "Worst after training")
 
 
@@ -77,11 +78,42 @@ def _table(folder: Path, evaluation: Evaluation) -> pa.Table | None:
         if wanted is None:
             return None
         keep = [column for column in (*wanted, headline(evaluation)) if column in columns]
-        return file.read(columns=keep)
+        found = file.read(columns=keep)
     except (OSError, pa.ArrowException) as error:
         raise EvaluationError(
             f"file {path}", got=error, expected="Parquet", fix="evaluate again, or remove the file"
         ) from None
+    for column in keep:
+        if fault := _fault(found[column], column):
+            raise EvaluationError(
+                f"file {path}, column {column}", got=fault[0], expected=fault[1],
+                fix="evaluate again, or remove the file",
+            )  # fmt: skip
+    return found
+
+
+def _fault(values: pa.ChunkedArray, column: str) -> tuple[str, str] | None:
+    """What a column holds, and what it should, if that is something else."""
+    if column == "retrieved":
+        return None if _is_listing(values.type) else (str(values.type), "lists of results with score, gain and text")
+    if column in TEXTS:
+        return (str(values.type), "texts") if pa.types.is_nested(values.type) else None
+    if not _is_number(values.type):
+        return str(values.type), "numbers"
+    whole = values.null_count == 0 and bool(np.isfinite(values.to_numpy()).all())
+    return None if whole else ("null or nan", "finite numbers")
+
+
+def _is_listing(kind: pa.DataType) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    numbers = [fields[name] for name in ("score", "gain") if name in fields]
+    return all(pa.types.is_null(kind) or _is_number(kind) for kind in numbers)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _data_set(evaluation: Evaluation, both: Sequence[pa.Table], shown: int) -> Markup | None:
@@ -168,7 +200,7 @@ def _query(item: Item, metric: str) -> Markup:
 
 def _results(when: str, retrieved: list[dict[str, Any]] | None) -> Markup:
     lines = []
-    for found in retrieved or []:
+    for found in filter(None, retrieved or []):
         relevant = (found.get("gain") or 0) > 0
         sign = element("span", "✓ relevant " if relevant else "", class_="tick") if relevant else None
         lines.append(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Bounded = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]  # differences are finite too
 
 
 class _Content(BaseModel):
@@ -19,30 +22,31 @@ class Step(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    step: int
+    step: Count
     source: str
     task: str
     loss: float | None
-    rows: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
+    rows: Count = 0
+    tokens: Count = 0
+    padded_tokens: Count = 0
     candidates_per_query: float | None = None
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
+    seconds: Bounded = 0.0
+    peak_memory_bytes: Count = 0
     learning_rate: float | None = None
 
-    def parts(self, kind: str) -> dict[str, float | None]:
-        """The fields `<kind>/<name>` by name."""
-        found = {}
-        for key, value in (self.model_extra or {}).items():
-            if key.startswith(f"{kind}/") and (value is None or isinstance(value, int | float)):
-                found[key.removeprefix(f"{kind}/")] = value
-        return found
+    def parts(self, kind: str) -> list[str]:
+        """The names of the fields `<kind>/<name>`."""
+        return [key.removeprefix(f"{kind}/") for key in self.model_extra or {} if key.startswith(f"{kind}/")]
+
+    def part(self, kind: str, name: str) -> float | None:
+        """The field `<kind>/<name>`, None if it is no number."""
+        value = (self.model_extra or {}).get(f"{kind}/{name}")
+        return value if isinstance(value, int | float) else None
 
 
 class Histogram(_Content):
-    width: int = Field(ge=1)
-    counts: list[int] = Field(min_length=1)
+    width: Annotated[Count, Field(ge=1)]
+    counts: list[Count] = Field(min_length=1)
 
 
 class Tokens(_Content):
@@ -57,10 +61,10 @@ class Tokens(_Content):
 
 
 class ScoreCounts(_Content):
-    range: tuple[FiniteFloat, FiniteFloat]
+    range: tuple[Bounded, Bounded]
     lowest: float
     highest: float
-    histogram: list[int] = Field(min_length=1)
+    histogram: list[Count] = Field(min_length=1)
 
 
 class SourceFacts(_Content):
@@ -99,7 +103,7 @@ class Evaluation(_Content):
 
     dataset: str
     task: str
-    metrics: dict[str, FiniteFloat]
+    metrics: dict[str, Bounded]
     n: int
     items: str | None = None
     prompt: dict[str, str | None] = {}
@@ -114,10 +118,10 @@ class Difference(_Content):
     task: str
     metric: str = ""
     n: int | None = None
-    reference: FiniteFloat
-    model: FiniteFloat
-    difference: FiniteFloat
-    interval: tuple[FiniteFloat, FiniteFloat] | None = None
+    reference: Bounded
+    model: Bounded
+    difference: Bounded
+    interval: tuple[Bounded, Bounded] | None = None
     p: float | None = None
     p_holm: float | None = None
     effect_size: float | None = None
@@ -168,7 +172,7 @@ class Geometry(_Content):
 
 
 class Conflict(_Content):
-    step: int
+    step: Count
     cosine: dict[str, float | None] = {}
     gradient_norm: dict[str, float | None] = {}
 
@@ -176,7 +180,7 @@ class Conflict(_Content):
 class Trial(_Content):
     checkpoints: list[str]
     settings: dict[str, Any] = {}
-    scores: dict[str, FiniteFloat]
+    scores: dict[str, Bounded]
 
 
 class Fusion(_Content):

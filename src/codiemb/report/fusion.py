@@ -11,7 +11,7 @@ from codiemb.report.markup import Markup, element, fold, interval, name, number,
 from codiemb.report.results import mark
 from codiemb.report.run_folder import Run
 from codiemb.report.scatter import Point, scatter
-from codiemb.report.scores import of_same, task_means
+from codiemb.report.scores import in_all, left_out, of_same, task_means
 
 
 def fusion_section(run: Run) -> Markup | None:
@@ -21,23 +21,25 @@ def fusion_section(run: Run) -> Markup | None:
     trials = run.pareto.points if run.pareto else trials
     if not run.fusions and not trials:
         return None
+    models = [model for model in ("base", "model", *fused) if model in run.evaluations]
+    kept, others = in_all(run, models)
+    means = {model: task_means(found) for model, found in kept.items()}
+    missing = [left_out(others, "on every model")] if fused and others else []
     return section(
         "fusion",
         "Fusion of checkpoints",
-        "Checkpoints merged into one model, beside the model at the end of the training.",
-        _scores(run, fused) if fused else None,
-        element("div", *_figures(run, fused, trials), class_="figures"),
+        " ".join(["Checkpoints merged into one model, beside the model at the end of the training.", *missing]),
+        _scores(run, means) if fused else None,
+        element("div", *_figures(run, means if fused else {}, trials), class_="figures"),
         _recipes(run.fusions) if run.fusions else None,
         fold(f"All {len(trials)} trials", _trials(trials)) if trials else None,
     )
 
 
-def _scores(run: Run, fused: list[str]) -> Markup:
-    models = [model for model in ("base", "model", *fused) if model in run.evaluations]
-    means = {model: task_means(run.evaluations[model].values()) for model in models}
+def _scores(run: Run, means: dict[str, dict[str, float]]) -> Markup:
     tasks = [task for task in dict.fromkeys(task for found in means.values() for task in found) if task != "all"]
     rows = []
-    for model in models:
+    for model in means:
         name_of = {"base": "base", "model": "trained model"}.get(model, f"fused: {model}")
         row = [name(name_of), *(points(means[model].get(task)) for task in [*tasks, "all"])]
         before, after = means.get("base", {}).get("all"), means[model].get("all")
@@ -54,16 +56,15 @@ def _scores(run: Run, fused: list[str]) -> Markup:
     return table(header, rows, "Fused models")
 
 
-def _figures(run: Run, fused: list[str], trials: list[Trial]) -> list[Markup]:
+def _figures(run: Run, means: dict[str, dict[str, float]], trials: list[Trial]) -> list[Markup]:
     """Retrieval against similarity: the models of the run, and the trials of a search."""
     figures = []
     dots = []
-    for model in ("base", "model", *fused):
-        found = task_means(run.evaluations.get(model, {}).values())
+    for model, found in means.items():
         if {"retrieval", "similarity"} <= found.keys():
-            kind = "fused" if model in fused else model
+            kind = model if model in ("base", "model") else "fused"
             dots.append(Point(model, 100 * found["retrieval"], 100 * found["similarity"], kind, True))
-    if fused and len(dots) > 1:
+    if len(dots) > 1:
         labels = ("mean retrieval, points", "mean similarity, points")
         figures.append(scatter("Models of this run", dots, *labels, about="Up and to the right is better."))
     tasks = run.pareto.tasks if run.pareto else [*trials[0].scores] if trials else []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from codiemb.report.bins import drawable
 from codiemb.report.figures import Line, line_chart
 from codiemb.report.markup import Markup, element, number, plural, section, table
 from codiemb.report.run_folder import Run
@@ -20,13 +20,14 @@ def geometry_section(run: Run) -> Markup | None:
     names = short([model.model for model in models])
     metrics = list(dict.fromkeys(key for model in models for layer in model.layers for key in layer if key != "layer"))
     charts = [
-        _by_layer(metric, metric, [(names[model.model], place, model.layers) for place, model in enumerate(models)])
+        _by_layer(metric, metric, [(name, place, models[place].layers) for place, name in enumerate(names)])
         for metric in metrics
     ]
     if cka.models:
         places = {model.model: place for place, model in enumerate(models)}
-        title = f"likeness to {names.get(cka.reference, cka.reference)} (CKA)"
-        listed = [(names.get(one.model, one.model), places.get(one.model, 0), one.layers) for one in cka.models]
+        shown = {model: names[place] for model, place in places.items()}
+        title = f"likeness to {shown.get(cka.reference, cka.reference)} (CKA)"
+        listed = [(shown.get(one.model, one.model), places.get(one.model, 0), one.layers) for one in cka.models]
         charts.append(_by_layer(title, "cka", listed))
     pooled = list(dict.fromkeys(key for model in models for key in model.pooled))
     rows = [[words(metric), *(_shown(model.pooled.get(metric)) for model in models)] for metric in pooled]
@@ -40,7 +41,7 @@ def geometry_section(run: Run) -> Markup | None:
         f"How the states of each layer and the pooled sentences lie in space{texts}.",
         element("div", *charts, class_="figures small"),
         element("h3", "Pooled sentences") if rows else None,
-        table(["", *names.values()], rows, "Geometry of the pooled sentences") if rows else None,
+        table(["", *names], rows, "Geometry of the pooled sentences") if rows else None,
     )
 
 
@@ -52,10 +53,10 @@ def _by_layer(title: str, metric: str, models: Sequence[tuple[str, int, list[dic
     return line_chart(words(title), lines, "layer", words(title), log=True)
 
 
-def short(names: Sequence[str]) -> dict[str, str]:
+def short(names: Sequence[str]) -> list[str]:
     """The last part of each path, where that tells them apart."""
     last = [Path(name).name or name for name in names]
-    return dict(zip(names, last if len({*last}) == len(names) else names, strict=True))
+    return last if len({*last}) == len({*names}) else [*names]
 
 
 def words(metric: str) -> str:
@@ -63,7 +64,7 @@ def words(metric: str) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, int | float) and drawable(value) else None
 
 
 def _shown(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from codiemb.report.axes import Axis
 from codiemb.report.facts import Evaluation
 from codiemb.report.figures import Line, line_chart
@@ -27,8 +29,10 @@ from codiemb.report.scores import (
     Score,
     across,
     colour,
+    in_all,
     in_both,
     kind,
+    left_out,
     means,
     metric_name,
     scores,
@@ -174,7 +178,8 @@ def _one_model(run: Run) -> Markup | None:
 
 def during_section(run: Run) -> Markup | None:
     """Mean headline of each task by step, where the suite was scored during training."""
-    at = {int(model.removeprefix("step-")): model for model in run.evaluations if model.removeprefix("step-").isdigit()}
+    steps = {model: re.fullmatch(r"step-([0-9]{1,18})", model) for model in run.evaluations}
+    at = {int(found[1]): model for model, found in steps.items() if found}
     if not at:
         return None
     if "base" in run.evaluations:
@@ -182,8 +187,9 @@ def during_section(run: Run) -> Markup | None:
     if "model" in run.evaluations and run.steps:
         at[run.steps[-1].step] = "model"
     lines: dict[str, list[tuple[float, float]]] = {}
+    kept, others = in_all(run, [*at.values()])
     for step, model in sorted(at.items()):
-        for task, value in task_means(run.evaluations[model].values()).items():
+        for task, value in task_means(kept[model]).items():
             if task != "all":
                 lines.setdefault(task, []).append((step, 100 * value))
     charts = [
@@ -193,6 +199,6 @@ def during_section(run: Run) -> Markup | None:
     return section(
         "during",
         "Scores during training",
-        "Mean of the data sets of a task.",
+        " ".join(["Mean of the data sets of a task.", *([left_out(others, "at every step")] if others else [])]),
         element("div", *charts, class_="figures"),
     )

@@ -57,9 +57,8 @@ def read_run(folder: Path) -> Run:
     run.comparison = read_comparison(folder)
     run.geometry = _one(folder / "geometry.json", Geometry) or _one(folder / "geometry" / "geometry.json", Geometry)
     for path in sorted(folder.glob("eval/*/*.json")):
-        found = _one(path, Evaluation, EvaluationError)
-        assert found is not None
-        run.evaluations.setdefault(path.parent.name, {})[found.dataset] = found
+        if (found := _one(path, Evaluation, EvaluationError)) is not None:
+            run.evaluations.setdefault(path.parent.name, {})[found.dataset] = found
     order = [*TASKS]
     for model, found_sets in run.evaluations.items():
         ranked = sorted(
@@ -68,9 +67,8 @@ def read_run(folder: Path) -> Run:
         )
         run.evaluations[model] = {one.dataset: one for one in ranked}
     for path in sorted(folder.glob("fused/**/fusion.json")):
-        fusion = _one(path, Fusion)
-        assert fusion is not None
-        run.fusions[path.parent.relative_to(folder / "fused").as_posix()] = fusion
+        if (fusion := _one(path, Fusion)) is not None:
+            run.fusions[path.parent.relative_to(folder / "fused").as_posix()] = fusion
     for path in sorted([*folder.glob("trials.jsonl"), *folder.glob("fused/**/trials.jsonl")]):
         run.trials += _lines(path, Trial)[0]
     for path in sorted([*folder.glob("pareto.json"), *folder.glob("fused/**/pareto.json")])[:1]:
@@ -97,9 +95,9 @@ def read_comparison(folder: Path) -> Comparison | None:
 
 
 def _text(path: Path, kind: type[CodiembError] = CheckpointError) -> str | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists() and not path.is_symlink():  # a link to nothing is damage
+            return None
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise kind(f"file {path}", got=error, expected="text in UTF-8", fix=_FIX) from None
@@ -110,7 +108,7 @@ def _json(path: Path, shape: type, kind: type[CodiembError] = CheckpointError) -
         return None
     try:
         value = _loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise kind(f"file {path}", got=error, expected="JSON", fix=_FIX) from None
     if not isinstance(value, shape):
         raise kind(f"file {path}", got=type(value).__name__, expected=shape.__name__, fix=_FIX)
@@ -152,7 +150,7 @@ def _lines(path: Path, shape: type[Read]) -> tuple[list[Read], bool]:
             continue
         try:
             value = _loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 return found, True
             raise CheckpointError(f"file {path}, line {number}", got=error, expected="JSON", fix=_FIX) from None

@@ -53,7 +53,9 @@ def scores(run: Run, before: str = "base", after: str = "model") -> list[Score]:
         shared = [metric for metric in one.metrics if metric in other.metrics]
         line = tested.get(one.dataset)
         metric = line.metric if line and line.metric in shared else shared[0]
-        found.append(Score(one.dataset, one.task, metric, one.n, one.metrics[metric], other.metrics[metric], line))
+        both = one.metrics[metric], other.metrics[metric]
+        of_metric = line if line and line.metric == metric else None
+        found.append(Score(one.dataset, one.task, metric, one.n, *both, of_metric))
     return found
 
 
@@ -85,6 +87,20 @@ def of_same(line: Difference | None, before: float, after: float) -> Difference 
     """What was tested, if it is the mean of the same data sets."""
     same = line is not None and abs(line.reference - before) < 1e-6 and abs(line.model - after) < 1e-6
     return line if same else None
+
+
+def in_all(run: Run, models: Sequence[str]) -> tuple[dict[str, list[Evaluation]], list[str]]:
+    """By model the data sets that every one of them was scored on by its headline, and the names of the others."""
+    found = [run.evaluations.get(model, {}) for model in models]
+    known = dict.fromkeys(name for of_model in found for name, one in of_model.items() if one.metrics)
+    shared = [name for name in known if len({headline(one[name]) if name in one else "" for one in found}) == 1]
+    kept = {model: [of_model[name] for name in shared] for model, of_model in zip(models, found, strict=True)}
+    return kept, [name for name in known if name not in shared]
+
+
+def left_out(names: Sequence[str], what: str) -> str:
+    """A sentence on data sets that no mean holds."""
+    return f"Not scored {what}, and left out: {', '.join(names)}." if names else ""
 
 
 def task_means(evaluations: Iterable[Evaluation]) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from codiemb.report.bins import Stretches, stretches
+from codiemb.report.bins import Stretches, drawable, stretches
 from codiemb.report.facts import Step
 from codiemb.report.figures import COLOURS, Line
 from codiemb.report.markup import Markup, Number, element, join, name, number, plural, section, table
@@ -36,10 +36,10 @@ def loss_section(run: Run) -> Markup | None:
             line = series(part, steps, _part(part), cut, place)
             charts.append(chart(part, [line], cut, "loss, unweighted"))
         blocks += [element("h3", title), element("div", *charts, class_="figures")]
-    lost = sum(step.loss is None or step.loss != step.loss for step in run.steps)
+    lost = sum(not drawable(step.loss) for step in run.steps)
     about = f"The weighted sum that is minimised, and its parts before they are weighted. {of_a_point(cut)}"
     if lost:
-        about += f" In {plural(lost, 'step')} the loss is no number; they are left out."
+        about += f" In {plural(lost, 'step')} the loss is no number that a figure can hold; they are left out."
     return section("loss", "Losses", about, *blocks)
 
 
@@ -55,7 +55,7 @@ def _by_source(steps: Sequence[Step], cut: Stretches, colour_of_task: int) -> li
 
 
 def _part(name: str) -> Callable[[Step], float | None]:
-    return lambda step: step.parts("loss").get(name)
+    return lambda step: step.part("loss", name)
 
 
 def _loss(step: Step) -> float | None:
@@ -131,9 +131,9 @@ def cost_section(run: Run) -> Markup | None:
         chart("Memory", [memory], cut, "peak so far, GB", zero=True),
         chart("Learning rate", [rate], cut, "Learning rate", zero=True),
     ]
-    seconds = {phase: sum(step.parts("seconds").get(phase) or 0.0 for step in steps) for phase in PHASES}
+    seconds = {phase: sum(step.part("seconds", phase) or 0.0 for step in steps) for phase in PHASES}
     whole = sum(seconds.values())
-    where = [(phase, value / whole) for phase, value in seconds.items() if value > 0] if whole else []
+    where = [(phase, value / whole) for phase, value in seconds.items() if value > 0] if drawable(whole) else []
     return section(
         "cost",
         "Speed and memory",

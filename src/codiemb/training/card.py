@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 from codiemb.config import Config, Source, dump_config
 from codiemb.data.checks import Report
+from codiemb.evaluation.metrics import HEADLINE
 from codiemb.files import write_whole
 from codiemb.report.facts import Comparison, Difference
+from codiemb.report.scores import of_same
 
 Results = dict[str, dict[str, float]]
 _TESTED = "Intervals and verdicts are of paired tests on each query or pair, corrected for the number of tests."
@@ -30,21 +33,17 @@ def write_card(
     Args:
         comparison: of the base with `model`, for the intervals and marks of what it tested.
     """
-    tasks = {source.name: source.task for source in suite}
     compared = comparison.of("model") if comparison else None
-    tested = {(line.name, line.metric): line for line in compared.data_sets} if compared else {}
+    lines = {(line.name, line.metric): line for line in compared.data_sets} if compared else {}
+    rows = _scores(base, trained, suite, lines)
+    rows += _means(base, trained, suite, {line.task: line for line in compared.means} if compared else {})
+    scores = [row for row, _ in rows]
     head = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
         "base_model": config.model.base,
         "tags": ["sentence-transformers", "feature-extraction", "codiemb"],
     }
-    scores = [
-        f"| {name} | {tasks[name]} | {metric} | {100 * base[name][metric]:.2f} | {100 * value:.2f} | "
-        f"{100 * (value - base[name][metric]):+.2f} |{_tested(tested.get((name, metric)))}"
-        for name, metrics in trained.items()
-        for metric, value in metrics.items()
-    ]
     data = [
         f"| {name} | {facts['task']} | {facts['rows']} | {facts['rows_used']} | "
         f"{facts['batches']} | {facts['passes']:.2f} |"
@@ -75,7 +74,7 @@ In points of 0 to 100, on the untouched base and on this model, with the prompts
 |---|---|---|---:|---:|---:|---|---|
 {chr(10).join(scores) or "| no suite was configured | | | | | | | |"}
 
-{_TESTED if tested else _UNTESTED}
+{_TESTED if any(tested for _, tested in rows) else _UNTESTED}
 
 ## Training data
 
@@ -90,6 +89,42 @@ In points of 0 to 100, on the untouched base and on this model, with the prompts
 ```
 """
     write_whole(folder / "README.md", text)
+
+
+def _scores(
+    base: Results, trained: Results, suite: Sequence[Source], lines: dict[tuple[str, str], Difference]
+) -> list[tuple[str, bool]]:
+    """A row for each data set and metric, and whether it was tested."""
+    tasks = {source.name: source.task for source in suite}
+    return [
+        _row(name, tasks[name], metric, base[name][metric], value, lines.get((name, metric)))
+        for name, metrics in trained.items()
+        for metric, value in metrics.items()
+    ]
+
+
+def _means(
+    base: Results, trained: Results, suite: Sequence[Source], lines: dict[str, Difference]
+) -> list[tuple[str, bool]]:
+    """A row for each task over its data sets, and for all of them where there are several tasks."""
+    values: dict[str, list[tuple[float, float]]] = {}
+    for source in suite:
+        metric = HEADLINE[source.task]
+        values.setdefault(source.task, []).append((base[source.name][metric], trained[source.name][metric]))
+    if len(values) > 1:
+        values["all"] = [pair for found in values.values() for pair in found]
+    rows = []
+    for task, found in values.items():
+        before, after = (mean(side) for side in zip(*found, strict=True))
+        rows.append(_row("**mean**", task, HEADLINE.get(task, ""), before, after, lines.get(task)))
+    return rows
+
+
+def _row(name: str, task: str, metric: str, before: float, after: float, line: Difference | None) -> tuple[str, bool]:
+    """With the interval and the verdict, if they are of these scores."""
+    tested = of_same(line, before, after)
+    cells = f"| {name} | {task} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |"
+    return cells + _tested(tested), tested is not None
 
 
 def _tested(line: Difference | None) -> str:

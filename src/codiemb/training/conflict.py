@@ -32,6 +32,7 @@ from codiemb.batching.loader import StepReader
 from codiemb.batching.plan import Plan, Step
 from codiemb.config import Config
 from codiemb.distributed import summed, world_size
+from codiemb.errors import CheckpointError
 from codiemb.files import write_whole
 from codiemb.training.joint import JointModel
 
@@ -58,8 +59,7 @@ class ConflictMeter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.inputs = fixed_batches(self.trainer.step_reader)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self.lines = [line for line in lines if state.global_step and json.loads(line)["step"] <= state.global_step]
+        self.lines = written_until(self.path, state.global_step) if state.global_step else []
         if state.global_step:
             self._write(state)
         else:
@@ -84,6 +84,29 @@ class ConflictMeter(TrainerCallback):
         self.trainer.step_log.restart_clock()  # this is no step's time
 
 
+def written_until(path: Path, step: int) -> list[str]:
+    """The lines of conflict.jsonl up to a step; none without the file.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    number, kept = 0, []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        for line in lines:
+            number += 1
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"file {path}, line {number}",
+            got=f"{type(error).__name__} ({error})",
+            expected='a JSON object with "step"',
+            fix="remove the line, or the file",
+        ) from None
+    return kept
+
+
 def fixed_batches(reader: StepReader) -> dict[str, list[Any]]:
     """By task the first `BATCHES` batches in the plan of another seed, tokenised; all if an epoch has fewer."""
     plan = reader.plan
@@ -105,8 +128,11 @@ def gradient_of(joint: JointModel, batches: Iterable[Any]) -> Gradient:
     """
     weights = _trained(joint.encoder).values()
     total, counted = [torch.zeros_like(weight) for weight in weights], 0
+    means = dict(joint.balance.means) if joint.balance else {}
     with _left_as_it_was(joint):
         for batch in batches:
+            if joint.balance:  # each batch is divided as the next step would be, whichever come before it here
+                joint.balance.means = dict(means)
             loss = joint(batch["batches"], batch["micro_batches"])["loss"]
             found = torch.autograd.grad(loss, list(weights), allow_unused=True)
             for whole, gradient in zip(total, found, strict=True):

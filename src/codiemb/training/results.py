@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from codiemb.config import Source
-from codiemb.errors import CodiembError, EvaluationError
+from codiemb.errors import EvaluationError
 from codiemb.evaluation.comparison import compare, write_comparison
 from codiemb.evaluation.metrics import HEADLINE
 from codiemb.evaluation.suite import Results, average
@@ -49,8 +49,9 @@ def report_run(run: Path) -> None:
     """Writes report.html; one that cannot be made does not undo a training."""
     try:
         logger.info(f"report {write_report(run)}")
-    except CodiembError as error:
+    except Exception as error:
         logger.warning(f"no report: {error}")
+        logger.debug("the report ended with", exc_info=True)
 
 
 def results_table(result: TrainResult) -> str:
@@ -70,9 +71,7 @@ def results_table(result: TrainResult) -> str:
         before, after, *merged = (100 * value for value in values)
         cells = [name, metric, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"]
         if compared:
-            row = compared.get(name)
-            low, high = row["interval"] if row else (0, 0)
-            cells += [f"{100 * low:+.2f} to {100 * high:+.2f}", row["verdict"]] if row else ["", ""]
+            cells += _tested(compared.get(name), *values[:2])
         return _row([*cells, *(f"{value:.2f}" for value in merged)])
 
     for source in result.suite:
@@ -81,6 +80,14 @@ def results_table(result: TrainResult) -> str:
     means = [average(model, result.suite) for model in models]
     lines += [line(f"**mean {task}**", HEADLINE[task], [mean[task] for mean in means]) for task in means[0]]
     return "\n".join(lines)
+
+
+def _tested(row: dict[str, Any] | None, before: float, after: float) -> list[str]:
+    """Interval and verdict; empty where other scores were compared, as the mean of fewer data sets."""
+    if row is None or abs(row["reference"] - before) >= 1e-6 or abs(row["model"] - after) >= 1e-6:
+        return ["", ""]
+    low, high = row["interval"]
+    return [f"{100 * low:+.2f} to {100 * high:+.2f}", row["verdict"]]
 
 
 def _row(cells: list[str]) -> str:

@@ -34,7 +34,7 @@ from codiemb.errors import CheckpointError, ConfigError, DataError
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
 from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
 from codiemb.fusion.fuse import require_base
-from codiemb.report.run_folder import read_comparison
+from codiemb.report.facts import Comparison
 from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 from codiemb.training.card import write_card
@@ -52,14 +52,20 @@ logger = logging.getLogger(__name__)
 RUN_FILES = (
     "config.yaml",
     "plan.json",
-    "environment.json",
     "metrics.jsonl",
     "conflict.jsonl",
     "model",
     "fused",
     "eval",
     "comparison.json",
+    "geometry.json",
+    "geometry.svg",
+    "geometry",
+    "pareto.json",
+    "pareto.svg",
+    "trials.jsonl",
     "report.html",
+    "environment.json",  # the last to go: where it is, an earlier run was
 )
 
 
@@ -142,7 +148,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         logger.info(_settings_text(prepared, trainer))
         on_first(lambda: _hold(run, stack, seen))
         if rank() == 0:
-            _start_run_folder(run, overwrite, prepared, trainer)
+            _start_run_folder(run, overwrite, checkpoint is None, prepared, trainer)
         barrier()
 
         with without_head(encoder, config.model):
@@ -175,17 +181,25 @@ def _finish(config: Config, trainer: JointTrainer, prepared: Prepared, base: Res
     trained = _evaluate(encoder, suite, run / "eval" / "model", "after training")
     comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
     if rank() == 0:
-        tested = read_comparison(run) if comparison else None
-        write_card(run / WRITING / "model", config, prepared.report, base, trained, suite, tested)
+        _write_card(run / WRITING / "model", config, prepared, base, trained, comparison)
         publish(run / WRITING / "model", run / "model")
     barrier()
     fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
     if fused and suite:
         comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
     if rank() == 0:
+        if fused and comparison:
+            _write_card(run / "model", config, prepared, base, trained, comparison)
         clean(run)
         report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
+
+
+def _write_card(
+    folder: Path, config: Config, prepared: Prepared, base: Results, trained: Results, found: dict[str, Any] | None
+) -> None:
+    tested = Comparison.model_validate(found) if found else None
+    write_card(folder, config, prepared.report, base, trained, prepared.suite, tested)
 
 
 def _trained_encoder(trainer: JointTrainer, folder: Path) -> SentenceTransformer:
@@ -285,10 +299,13 @@ def _resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[s
     return text
 
 
-def _start_run_folder(run: Path, overwrite: bool, prepared: Prepared, trainer: JointTrainer) -> None:
+def _start_run_folder(run: Path, overwrite: bool, from_start: bool, prepared: Prepared, trainer: JointTrainer) -> None:
+    """Writes what the run is. One that starts from the first step keeps no file of an earlier run; what lies in a
+    folder where no run was is left alone."""
+    if overwrite or (from_start and (run / "environment.json").exists()):
+        for path in (run / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if overwrite:
-        for name in RUN_FILES:
-            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink(missing_ok=True)
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
     clean(run)

@@ -1,0 +1,53 @@
+"""What a run folder holds when a run begins in it: nothing of an earlier run, unless it goes on from there."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from codiemb.data.checks import Report
+from codiemb.training.run import RUN_FILES, _start_run_folder
+from tests.training.test_card import prepared
+
+WRITTEN = {"config.yaml", "plan.json", "environment.json"}
+STALE = {
+    "eval/step-50/sts.json", "conflict.jsonl", "comparison.json", "geometry/geometry.json", "geometry.json",
+    "geometry.svg", "pareto.json", "pareto.svg", "trials.jsonl", "metrics.jsonl", "report.html",
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Begins a run in a folder that holds STALE, and says which files are there then."""
+
+    def start(*, overwrite=False, from_start=True, left=(*STALE, *WRITTEN, "notes.txt")):
+        for name in left:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("old")
+        ready = SimpleNamespace(config=prepared().config, report=Report({"sources": {}}, []))
+        _start_run_folder(tmp_path, overwrite, from_start, ready, SimpleNamespace(environment={}))
+        files = {path for path in tmp_path.rglob("*") if path.is_file()}
+        assert all((tmp_path / name).read_text() != "old" for name in WRITTEN)
+        return {str(path.relative_to(tmp_path)) for path in files}
+
+    return start
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_run_from_the_first_step_keeps_nothing_of_an_earlier_one(start, overwrite):
+    """Killed before its first checkpoint and started again, a run would show scores of the one before it. Files of
+    nobody's run stay."""
+    assert start(overwrite=overwrite) == {*WRITTEN, "notes.txt"}
+
+
+def test_a_run_that_goes_on_keeps_its_files(start):
+    assert start(from_start=False) == {*STALE, *WRITTEN, "notes.txt"}
+
+
+def test_a_folder_where_no_run_was_loses_nothing(start):
+    """What somebody has laid there by hand is not removed without --overwrite."""
+    assert start(left=("eval/mine.txt", "geometry.json")) == {*WRITTEN, "eval/mine.txt", "geometry.json"}
+
+
+def test_a_removal_that_was_cut_goes_on_at_the_next_start():
+    """The file that tells of an earlier run is the last to go."""
+    assert RUN_FILES[-1] == "environment.json"
