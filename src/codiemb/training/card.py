@@ -120,9 +120,7 @@ def _means(
     return rows
 
 
-def _row(
-    name: str, task: str, metric: str, before: float, after: float, line: Difference | None
-) -> tuple[str, bool]:
+def _row(name: str, task: str, metric: str, before: float, after: float, line: Difference | None) -> tuple[str, bool]:
     """With the interval and the verdict, if they are of these scores."""
     tested = of_same(line, before, after)
     cells = f"| {name} | {task} | {metric} | {100 * before:.2f} | {100 * after:.2f} | {100 * (after - before):+.2f} |"
