@@ -1,6 +1,7 @@
 """Models are analysed as if every text went through alone, and compared layer by layer."""
 
 import json
+import os
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,7 +16,8 @@ from codiemb import analyze
 from codiemb.encoder.model import open_model
 from codiemb.errors import DataError, EvaluationError
 from codiemb.evaluation import analysis
-from codiemb.evaluation.analysis import TOKEN_MEASURES, measured, states_of, table
+from codiemb.evaluation.analysis import TOKEN_MEASURES, States, measured, states_of, table
+from codiemb.evaluation.figure import figure
 from codiemb.evaluation.geometry import sentence_measures, token_measures
 from codiemb.evaluation.texts import Entry, Texts, read_texts
 from tests.evaluation.test_geometry import naive_spectral, units
@@ -150,6 +152,28 @@ def test_geometry_json_holds_every_model_against_the_first(tiny_model_folder, te
     assert shown.count("pooled") == 3
     assert shown.count("cka") == 2
     assert len(shown.splitlines()) == 2 * (1 + 1 + 5 + 1 + 6) + (1 + 1 + 4 + 1 + 5) + 2
+
+
+@pytest.mark.parametrize("vectors", [torch.randn(4, 1), torch.zeros(4, 3)])
+def test_what_vectors_have_no_measure_of_is_null(vectors):
+    """One dimension has no IsoScore, and zeros have no spectrum: nan cannot be written, and minutes would be lost."""
+    states = States([vectors, vectors], vectors, torch.ones(4, 2, len(TOKEN_MEASURES)))
+    found = measured(states, Texts([Entry(word) for word in "abcd"], None))
+    assert None in found["pooled"].values()
+    assert found["layers"][1]["iso_score"] == found["pooled"]["iso_score"]
+    content = {"models": [{"model": "a", **found}], "cka": {"reference": "a", "models": []}}
+    json.dumps(content, allow_nan=False)
+    assert "nan" not in figure(content)
+    assert "-" in table(content).split()
+
+
+def test_a_name_that_no_file_can_hold_is_written_cleaned(tiny_model_folder, texts_file, tmp_path, monkeypatch):
+    """A path that is not UTF-8, or that holds what XML has no place for, is met when all the work is done."""
+    monkeypatch.setattr(analysis, "locate", lambda name: str(tiny_model_folder))
+    analyze([os.fsdecode(b"mod\xe9le\x01")], texts_file, tmp_path)
+    content = json.loads((tmp_path / "geometry.json").read_text(encoding="utf-8"))
+    assert content["models"][0]["model"] == content["cka"]["reference"] == "mod\ufffdle\ufffd"
+    assert "mod\ufffdle\ufffd" in "".join(ElementTree.parse(tmp_path / "geometry.svg").getroot().itertext())
 
 
 def test_texts_are_lines_or_objects_or_records_and_equal_ones_count_once(tmp_path):

@@ -203,3 +203,11 @@ def test_names_of_points_do_not_cover_each_other():
     assert len(boxes) == 4
     for one, other in itertools.combinations(boxes, 2):
         assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+
+
+def test_a_part_of_a_step_is_looked_up_by_name():
+    """Of parts that hold a number; a dict of all parts for each part of each step took most of the page's time."""
+    step = Step.model_validate(runs.step_line(1, **{"loss/text": "high", "loss/none": None, "loss/zero": 0}))
+    assert step.parts("loss") == ["info_nce", "text", "none", "zero"]
+    assert [step.part("loss", name) for name in (*step.parts("loss"), "absent")] == [3.0, None, None, 0, None]
+    assert step.part("seconds", "forward") == 0.3

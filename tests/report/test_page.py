@@ -186,6 +186,20 @@ def test_the_schedule_shows_each_source_at_its_steps(tmp_path):
     assert "75.0 % of steps" in words(strip)
 
 
+def test_lengths_of_a_sample_say_so(whole, tmp_path):
+    """Else a histogram of a few thousand texts passes for one of all rows."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    content = json.loads((run / "plan.json").read_text())
+    content["sources"]["faq"]["tokens"]["query"]["sampled_texts"] = 2000
+    del content["sources"]["faq"]["tokens"]["document"]["sampled_texts"]
+    (run / "plan.json").write_text(json.dumps(content))
+    _, tree = shown(run)
+    captions = [words(found) for found in tree.iter("figcaption")]
+    said = "half up to 9 tokens, longest 130; 1.2 % are cut at 64"
+    assert f"faq: lengths, query of 2,000 sampled texts, {said}" in captions
+    assert f"faq: lengths, document {said}" in captions
+
+
 def test_fused_models_stand_beside_the_trained_one(whole):
     """The fused scores are 0.4 points above the trained ones everywhere; weights are means over two tensors."""
     _, tree = shown(whole)

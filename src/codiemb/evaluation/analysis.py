@@ -35,6 +35,7 @@ from codiemb.evaluation.figure import figure
 from codiemb.evaluation.geometry import SPECTRAL, linear_cka, sentence_measures, token_measures
 from codiemb.evaluation.texts import Texts, read_texts
 from codiemb.files import require_folder, write_whole
+from codiemb.report.markup import clean
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,11 @@ def analyze(models: Sequence[str | Path], texts: str | Path, out: str | Path) ->
     Raises:
         CodiembError: a model or the texts cannot be read; nothing is written.
     """
-    names, out = [str(model) for model in models], Path(out)
+    out = Path(out)
     require_folder("--out", out)
     read = read_texts(Path(texts))
-    located = [locate(name) for name in names]
+    located = [locate(str(model)) for model in models]
+    names = [clean(str(model)) for model in models]  # a path may hold what no file in UTF-8 can
     content: dict[str, Any] = {"texts": len(read.entries), "models": [], "cka": {"reference": names[0], "models": []}}
     reference: States | None = None
     for name, path in zip(names, located, strict=True):
@@ -159,8 +161,12 @@ def measured(states: States, texts: Texts) -> dict[str, Any]:
     layers = []
     for number, (vectors, row) in enumerate(zip(states.layers, means.tolist(), strict=True)):
         tokens = {f"token_{name}": _or_none(value) for name, value in zip(TOKEN_MEASURES, row, strict=True)}
-        layers.append({"layer": number, **tokens, **sentence_measures(vectors.contiguous(), texts.pairs)})
-    return {"layers": layers, "pooled": sentence_measures(states.pooled, texts.pairs)}
+        layers.append({"layer": number, **tokens, **_of_texts(vectors.contiguous(), texts)})
+    return {"layers": layers, "pooled": _of_texts(states.pooled, texts)}
+
+
+def _of_texts(vectors: Float[Tensor, "text dim"], texts: Texts) -> dict[str, float | None]:
+    return {name: _or_none(value) for name, value in sentence_measures(vectors, texts.pairs).items()}
 
 
 def likeness(states: States, reference: States) -> dict[str, Any]:
@@ -176,7 +182,7 @@ def likeness(states: States, reference: States) -> dict[str, Any]:
 
 
 def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
 
 
 def table(content: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from codiemb.report.facts import SourceFacts, Tokens
 from codiemb.report.figures import histogram
-from codiemb.report.markup import Markup, Number, element, fold, name, section, table
+from codiemb.report.markup import Markup, Number, element, fold, name, plural, section, table
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import colour
 
@@ -69,7 +69,8 @@ def _lengths(source: str, task: str, role: str, tokens: Tokens) -> Markup:
     assert tokens.histogram is not None
     counts, width = tokens.histogram.counts, tokens.histogram.width
     edges = [float(place * width) for place in range(len(counts) + 1)]
-    about = f"half up to {tokens.p50:,} tokens, longest {tokens.max:,}"
+    sample = f"of {plural(tokens.sampled_texts, 'sampled text')}, " if tokens.sampled_texts else ""
+    about = f"{sample}half up to {tokens.p50:,} tokens, longest {tokens.max:,}"
     if tokens.max_length is not None:
         about += f"; {100 * tokens.truncated:.1f} % are cut at {tokens.max_length:,}"
     # roles of similarity are named like the task

@@ -108,8 +108,9 @@ def _is_listing(kind: pa.DataType) -> bool:
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
         return False
     fields = {field.name: field.type for field in kind.value_type}
-    numbers = [fields[name] for name in ("score", "gain") if name in fields]
-    return all(pa.types.is_null(kind) or _is_number(kind) for kind in numbers)
+    return all(
+        pa.types.is_null(fields[name]) or _is_number(fields[name]) for name in ("score", "gain") if name in fields
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:
