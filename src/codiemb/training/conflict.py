@@ -90,20 +90,19 @@ def written_until(path: Path, step: int) -> list[str]:
     Raises:
         CheckpointError: a line is damaged.
     """
-    number, kept = 0, []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for line in lines:
-            number += 1
+    kept: list[str] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"file {path}, line {number}",
-            got=f"{type(error).__name__} ({error})",
-            expected='a JSON object with "step"',
-            fix="remove the line, or the file",
-        ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"file {path}, line {number}",
+                got=f"{type(error).__name__} ({error})",
+                expected='a JSON object with "step"',
+                fix="remove the line, or the file",
+            ) from None
     return kept
 
 
