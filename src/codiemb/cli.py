@@ -227,6 +227,9 @@ def _ready_for_models() -> None:
     transformers_logging.disable_progress_bar()
 
 
+Verb = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other mistake."""
@@ -245,6 +248,14 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    _runs(verb)
+    _evaluations(verb)
+    _fusion(verb)
+    return parser
+
+
+def _runs(verb: Verb) -> None:
+    """demo, check, train, report."""
     shown = verb(
         demo,
         "check, train, fuse, evaluate and report on the shipped data with the bundled encoder (minutes, no network)",
@@ -262,6 +273,12 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     added.add_argument("--overwrite", action="store_true", help="remove an earlier run in output_dir first")
 
+    reported = verb(report, "tell a run on one HTML page, from its files")
+    reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
+
+
+def _evaluations(verb: Verb) -> None:
+    """evaluate, encode, compare, analyze."""
     evaluated = verb(evaluate, "score models on a suite of data sets")
     evaluated.add_argument("models", nargs="+", metavar="MODEL", help="a folder, a hub id, or bundled:NAME")
     evaluated.add_argument(
@@ -297,6 +314,18 @@ def _parser() -> argparse.ArgumentParser:
     forms = ["table", "markdown", "latex"]
     compared.add_argument("--format", choices=forms, default="table", help="of the printed table (default: table)")
 
+    analyzed = verb(analyze, "measure how models fill their embedding space, by layer, and how alike they are")
+    analyzed.add_argument(
+        "models", nargs="+", metavar="MODEL", help="as for evaluate; others are set against the first"
+    )
+    texts = "texts: one a line (.txt), or JSONL of objects with `text` or of unified records (query, positives)"
+    analyzed.add_argument("--texts", required=True, metavar="FILE", help=texts)
+    analyzed.add_argument(
+        "--out", required=True, metavar="DIR", help="where geometry.json and geometry.svg are written"
+    )
+
+
+def _fusion(verb: Verb) -> None:
     fused = verb(fuse, "merge checkpoints into one model")
     fused.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a model folder; at least two")
     fused.add_argument("--base", required=True, help="the folder (or bundled:NAME) that they were trained from")
@@ -324,17 +353,3 @@ def _parser() -> argparse.ArgumentParser:
     fused.add_argument("--trials", type=int, metavar="N", help="of --search layers (default: 50)")
     ways.add_argument("--pareto", action="store_true", help="the way from one checkpoint to another, scored on --suite")
     ways.add_argument("--inspect", action="store_true", help="how far each moved, and where they pull apart")
-
-    reported = verb(report, "tell a run on one HTML page, from its files")
-    reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
-
-    analyzed = verb(analyze, "measure how models fill their embedding space, by layer, and how alike they are")
-    analyzed.add_argument(
-        "models", nargs="+", metavar="MODEL", help="as for evaluate; others are set against the first"
-    )
-    texts = "texts: one a line (.txt), or JSONL of objects with `text` or of unified records (query, positives)"
-    analyzed.add_argument("--texts", required=True, metavar="FILE", help=texts)
-    analyzed.add_argument(
-        "--out", required=True, metavar="DIR", help="where geometry.json and geometry.svg are written"
-    )
-    return parser

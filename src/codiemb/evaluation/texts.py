@@ -50,6 +50,8 @@ def read_texts(path: Path) -> Texts:
     Raises:
         DataError: an unreadable or unknown file, a row without a text, or fewer than two texts.
     """
+    if not path.is_file():
+        raise DataError(f"file {path}", got="no such file", expected="a file of texts", fix="check the path")
     places: dict[Entry, int] = {}
     scored: list[tuple[int, int, float]] = []
     for found in _read(path):
