@@ -219,7 +219,7 @@ def test_a_file_without_texts_is_refused(tmp_path, name, content, words):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(DataError, match="none.txt: got no such file"):
+    with pytest.raises(DataError, match=r"none\.txt: got no such file"):
         read_texts(tmp_path / "none.txt")
 
 
