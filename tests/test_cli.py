@@ -84,7 +84,8 @@ def test_evaluation_knows_no_training():
 def test_the_report_reads_files_and_nothing_else():
     """What it shows was computed by others: it has nothing of them but their files."""
     imports = imports_of_folder("report")
-    assert of_ours(imports) <= {"codiemb.report", "codiemb.errors", "codiemb.files", "codiemb.tasks"}
+    assert of_ours(imports) <= {"codiemb.report", "codiemb.figures", "codiemb.errors", "codiemb.files", "codiemb.tasks"}
+    assert of_ours(imports_of_folder("figures")) == {"codiemb.figures"}
     assert not {name.split(".")[0] for name in imports} & {*HEAVY} - {"pyarrow"}
 
 
@@ -163,6 +164,14 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch):
     monkeypatch.setattr("codiemb.config.load_config", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["check", "config.yaml"])
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "\udcff" * 300])
+def test_what_the_system_refuses_is_one_line(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", path])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_check_writes_nothing_but_the_cache(tmp_path, monkeypatch, capsys):

@@ -221,3 +221,22 @@ def test_a_suite_without_mteb_installed_says_what_to_install(tmp_path, monkeypat
 def test_the_template_of_a_suite_can_be_read():
     suite = load_suite(Path(__file__).parents[1] / "recipes" / "suite.yaml")
     assert {source.task for source in suite} == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("fusion={temperature: 0.5}", "temperature: got 0.5, expected none, because it is of softmax"),
+        ("fusion={method: ema, checkpoints: 5}", "checkpoints: got 5, expected none without a method that merges"),
+        ("fusion={method: uniform, norm: l1}", "norm: got l1, expected none without a method delta"),
+        ("evaluation.every_steps=5", "every_steps: got 5, expected none without a suite"),
+        ("train.run_name=2025-13-01", "a value that is not YAML"),
+    ],
+)
+def test_a_setting_that_nothing_would_look_at_is_refused(write, override, told):
+    """At the end of the run it would be refused too late, or never be missed."""
+    assert told in fault(write(MINIMAL), override)
+
+
+def test_a_date_that_no_calendar_has(write):
+    assert "expected valid YAML" in fault(write(MINIMAL + "train: {run_name: 2025-02-30}"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -21,6 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a verb. Exits 0 on success, 2 with one line on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
     # Threads of torch that wait should sleep: one busy neighbour makes spinning ones many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     ours = logging.getLogger("codiemb")
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run: Callable[[argparse.Namespace], None] = parsed.run
     try:
         run(parsed)
-    except CodiembError as error:
+    except (CodiembError, OSError) as error:  # of the system: no right, no room, a name too long
         if parsed.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -138,8 +142,8 @@ def compare(arguments: argparse.Namespace) -> None:
     if len(arguments.evaluations) < 2:
         raise EvaluationError("compare", got="one evaluation", expected="the reference and at least one more")
     if arguments.json:
-        if Path(arguments.json).is_dir():
-            raise ConfigError(f"--json {arguments.json}", got="a folder", expected="a file to write")
+        if Path(arguments.json).exists() and not Path(arguments.json).is_file():
+            raise ConfigError(f"--json {arguments.json}", got="a folder or device", expected="a file to write")
         require_folder("--json", Path(arguments.json).parent)
     found = compare(models_of(arguments.evaluations))
     if arguments.json:
@@ -152,26 +156,29 @@ def fuse(arguments: argparse.Namespace) -> None:
 
     checkpoints = [folder_of(checkpoint) for checkpoint in arguments.checkpoints]
     base, out = folder_of(arguments.base), Path(arguments.out)
-    if arguments.inspect:
-        from codiemb.fusion.inspect import inspect
-
-        print(inspect(checkpoints, base, out))
-        return
     names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run")
     given = {name: getattr(arguments, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None and value is not False}
     settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
     if settings and (arguments.pareto or arguments.inspect):
         raise ConfigError(f"--{next(iter(settings))}", got="a setting of a fusion", expected="none with this option")
+    if arguments.inspect and arguments.suite:
+        raise ConfigError("--suite", got=arguments.suite, expected="none with --inspect, which scores nothing")
+    if arguments.data_root and not arguments.suite:
+        raise ConfigError("--data-root", got=arguments.data_root, expected="none without --suite")
     if arguments.trials is not None and arguments.search != "layers":
         raise ConfigError("--trials", got=arguments.trials, expected="none without --search layers")
-    if arguments.suite or arguments.search or arguments.pareto:
-        _search(arguments, checkpoints, base, out, settings)
-        return
-    from codiemb.fusion.fuse import fuse
+    if arguments.inspect:
+        from codiemb.fusion.inspect import inspect
 
-    result = fuse(checkpoints, base, out, **settings, force=arguments.force)
-    print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
+        print(inspect(checkpoints, base, out))
+    elif arguments.suite or arguments.search or arguments.pareto:
+        _search(arguments, checkpoints, base, out, settings)
+    else:
+        from codiemb.fusion.fuse import fuse
+
+        result = fuse(checkpoints, base, out, **settings, force=arguments.force)
+        print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
 
 
 def analyze(arguments: argparse.Namespace) -> None:
@@ -200,7 +207,7 @@ def _search(
     if arguments.pareto:
         print(search.pareto(trials, sorted({source.task for source in suite})))
     else:
-        print(search.best(trials, arguments.search, settings, arguments.trials or 50))
+        print(search.best(trials, arguments.search, settings, 50 if arguments.trials is None else arguments.trials))
 
 
 def report(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ of Hugging Face's `TrainingArguments`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import Field, create_model, field_validator, model_validator
@@ -234,6 +234,12 @@ class Evaluation(Section):
     suite: str | None = None
     every_steps: Positive | None = None
 
+    @model_validator(mode="after")
+    def _steps_of_a_suite(self) -> Evaluation:
+        if self.every_steps and self.suite is None:
+            raise ValueError(f"every_steps: got {self.every_steps}, expected none without a suite")
+        return self
+
 
 Method = Literal[
     "delta", "uniform", "weighted", "slerp", "task_arithmetic", "ties", "dare", "dare_ties", "sce", "model_stock"
@@ -278,13 +284,15 @@ class Fusion(Section):
             **{name: {"delta"} for name in ("granularity", "norm", "weighting", "temperature")},
             "scale": {"delta", "uniform"},
             "ema_decay": {"ema"},
+            "checkpoints": {*get_args(Method)},
         }
         for name, used_by in users.items():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and not methods & used_by:
-                raise ValueError(
-                    f"{name}: got {value}, expected none without the method {' or '.join(sorted(used_by))}"
-                )
+                others = " or ".join(sorted(used_by)) if len(used_by) < 3 else "that merges checkpoints"
+                raise ValueError(f"{name}: got {value}, expected none without a method {others}")
+        if self.temperature != 1 and self.weighting != "softmax":
+            raise ValueError(f"temperature: got {self.temperature:g}, expected none, because it is of softmax")
         if "slerp" in methods and self.checkpoints != 2:
             raise ValueError(f"checkpoints: got {self.checkpoints}, expected 2, because slerp merges two")
         return self

@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown line"
         raise ConfigError(f"file {path} at {where}", got=error.problem, expected="valid YAML") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that no calendar has
         raise ConfigError(f"file {path}", got=error, expected="valid YAML") from None
 
 
@@ -53,7 +53,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}", got="no '='", expected="section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"override {override!r}", got="a value that is not YAML", fix="quote it") from None
     if isinstance(value, str) and _is_float(value):
         value = float(value)  # YAML 1.1 reads 1e-5 as text

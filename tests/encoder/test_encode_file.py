@@ -59,6 +59,12 @@ def test_order_is_kept_in_both_formats(tiny_encoder, tmp_path, kind):
     assert kind not in ("jsonl", "parquet") or table["id"].to_pylist() == ids
 
 
+def test_ids_that_only_some_rows_have(tiny_encoder, tmp_path):
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "id": 7}])
+    encode_file(tiny_encoder, path, tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == [None, "7"]
+
+
 def test_columns_are_joined_as_beir_joins_them(tiny_encoder, tmp_path):
     path = jsonl(
         tmp_path / "in.jsonl", [{"title": "a", "text": "b c"}, {"title": "", "text": "d"}, {"title": None, "text": "e"}]

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 
 from codiemb.encoder import engine
 from codiemb.encoder.engine import embed, encode
 from codiemb.encoder.model import max_length, open_model, prompt, save_encoder, set_lengths
 from codiemb.encoder.tokens import Text, tokenize
+from codiemb.errors import EvaluationError
 
 PROMPTS = {"query": "query: ", "document": "text. ", "similarity": ""}
 LENGTHS = {"query": 12, "document": 24, "similarity": 9}
@@ -226,3 +228,11 @@ def test_sentence_transformers_encodes_a_role_as_training_sees_it(encoder, role,
     encode_role = plain.encode_query if role == "query" else plain.encode_document
     torch.testing.assert_close(encode_role(words, convert_to_tensor=True), trained, rtol=0, atol=1e-5)
     assert not torch.allclose(plain.encode(words, convert_to_tensor=True, prompt_name=None), trained, atol=1e-2)
+
+
+def test_a_model_of_two_ways_is_refused(tiny_encoder):
+    """Its queries would be taken through the modules of its documents."""
+    router = Router.for_query_document([tiny_encoder[0]], [tiny_encoder[0]])
+    encoder = SentenceTransformer(modules=[router, *list(tiny_encoder)[1:]], device="cpu")
+    with pytest.raises(EvaluationError, match="a Router with ways for query, document"):
+        encode(encoder, [Text("a", "", None)])

@@ -1,6 +1,8 @@
 """Evaluations side by side: what must not be paired is refused, what is said is what the items say."""
 
 import json
+import os
+import re
 import shutil
 
 import numpy as np
@@ -169,6 +171,15 @@ def edit_items(file, **columns):
     pq.write_table(table, file)
 
 
+def spoil_text(folder):
+    """A byte that is no UTF-8 in an id, where nothing but the text itself tells it."""
+    file = folder / "search.items.parquet"
+    pq.write_table(pq.read_table(file), file, compression="none", use_dictionary=False, write_statistics=False)
+    content = file.read_bytes()
+    assert content.count(b"q55") == 1
+    file.write_bytes(content.replace(b"q55", b"q\xff5"))
+
+
 DAMAGE = {
     "another split": (lambda f: edit(f / "search.json", split="dev"), "split"),
     "another corpus": (lambda f: edit(f / "search.json", documents=91), "documents"),
@@ -182,6 +193,8 @@ DAMAGE = {
     "items of another model": (lambda f: shutil.copy(f.parent / "good" / "search.items.parquet", f), "ndcg_at_10"),
     "no items file": (lambda f: (f / "search.items.parquet").unlink(), "nothing there"),
     "damaged items": (lambda f: (f / "search.items.parquet").write_bytes(b"PAR1 gone"), "search.items.parquet"),
+    "a byte of a text": (spoil_text, "search.items.parquet"),
+    "two files of a data set": (lambda f: shutil.copy(f / "search.json", f / "search.old.json"), "search again"),
     "damaged JSON": (lambda f: (f / "search.json").write_text('{"dataset": "sea'), "search.json"),
     "a metric of another form": (lambda f: edit(f / "search.json", metrics={"ndcg_at_10": "0.5"}), "0.5 as in"),
     "a metric that is no number": (
@@ -267,14 +280,28 @@ def test_the_command_prints_and_writes(scores, capsys):
     shown = capsys.readouterr().out
     assert "good against base, 4 data sets: better on 4." in shown
     assert "same against base, 4 data sets: no difference shown on any." in shown
-    assert json.loads(file.read_text()) == json.loads(
-        json.dumps(
-            compare(folders(scores, "base", "good", "same")) | {"settings": json.loads(file.read_text())["settings"]}
-        )
-    )
+    expected = json.loads(json.dumps(compare(folders(scores, "base", "good", "same"))))
+    assert json.loads(file.read_text()) == expected
     assert list(json.loads(file.read_text())) == ["reference", "comparisons", "settings"]
     cli.main(["compare", str(scores / "base"), str(scores / "good"), "--json", str(scores / "base" / "c.json")])
     cli.main(["compare", str(scores / "base"), str(scores / "good")])  # a comparison beside the results is none of them
+
+
+def test_a_path_that_looks_like_an_address(scores, monkeypatch, capsys):
+    monkeypatch.chdir(scores)
+    (scores / "run:1").mkdir()
+    for name in ("base", "good"):
+        shutil.move(scores / name, scores / "run:1" / name)
+    cli.main(["compare", "run:1/base", "run:1/good"])
+    assert "better on 4" in capsys.readouterr().out
+
+
+def test_a_device_is_not_replaced(scores, capsys):
+    """Written beside and renamed, a file would take the place of /dev/null."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", str(scores / "base"), str(scores / "good"), "--json", os.devnull])
+    assert stop.value.code == 2
+    assert "a file to write" in capsys.readouterr().err
 
 
 def rows_shown(text, mark):
@@ -291,7 +318,11 @@ def test_tables_hold_the_same_in_every_form(scores):
     assert lines[2].startswith("a_b|c ")
     assert "25.00" in lines[2]
     assert lines[2].endswith("no difference shown")
-    assert len({len(line) for line in rows_shown(markdown, " | ")}) > 0
+    told = [
+        [re.findall(r"\d+\.\d+", line) for line in rows_shown(*form)] for form in ((markdown, " | "), (latex, " & "))
+    ]
+    assert told[0] == told[1]
+    assert all(len(numbers) >= 4 for numbers in told[0][1:])
     assert r"| a_b\|c | ndcg_at_10 | 3 | 25.00 | 35.00 | +10.00 |" in markdown
     assert r"a\_b|c & ndcg\_at\_10 & 3 & 25.00 & 35.00 & $+10.00$ &" in latex
     assert latex.startswith("\\begin{tabular}{llrrrrrrrrl}\n\\toprule\n")

@@ -51,6 +51,13 @@ def write(folder, **splits):
         (folder / f"{split}.jsonl").write_text(rows)
 
 
+def test_more_labels_than_are_drawn_are_another_column(tmp_path, monkeypatch):
+    monkeypatch.setattr(clustering, "DRAWN", 2)
+    write(tmp_path, test="abc")
+    with pytest.raises(DataError, match="got 3 labels, expected at most 2"):
+        clustering.load_texts(DataSet(name="x", task="clustering", path=str(tmp_path / "test.jsonl")))
+
+
 def test_training_texts_come_from_the_split_train(tmp_path):
     write(tmp_path, train="abab", test="aab", dev="bbaab")
     data = classification.load(DataSet(name="x", task="classification", path=str(tmp_path), split="test"))

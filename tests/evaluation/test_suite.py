@@ -14,11 +14,11 @@ from sentence_transformers import SentenceTransformer
 import codiemb
 from codiemb.encoder import engine
 from codiemb.errors import EvaluationError
-from codiemb.evaluation import cache, classification, clustering
+from codiemb.evaluation import cache, classification, clustering, retrieval
 from codiemb.evaluation.cache import model_hash
 from codiemb.evaluation.evaluate import evaluate
 from codiemb.evaluation.suite import HEADLINE, evaluate_suite
-from codiemb.suites.suite import load_suite
+from codiemb.suites.suite import DataSet, load_suite
 
 TEXTS = ["a b c", "b d", "c a e f", "g", "h i j k", "l m", "n o p q r", "s t"]
 LISTS = [
@@ -89,6 +89,20 @@ def test_the_first_documents_are_kept_with_their_texts(tiny_encoder, suite_file,
             [hit["gain"] for hit in row["retrieved"]].index(1) + 1 if any(h["gain"] for h in row["retrieved"]) else 0
         )
         assert place == 0 or row["mrr_at_10"] == pytest.approx(1 / place)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_rankings_are_held_for_some_queries_at_a_time(tiny_encoder, tmp_path, suite_file, monkeypatch, at_once):
+    source = DataSet(name="x", task="retrieval", path=str(tmp_path / "retrieval.jsonl"))
+    whole = retrieval.evaluate(tiny_encoder, source, retrieval.load_collection(source))
+    monkeypatch.setattr(retrieval, "QUERIES_AT_ONCE", at_once)
+    parts = retrieval.evaluate(tiny_encoder, source, retrieval.load_collection(source))
+    assert (parts.metrics, parts.n, list(parts.items)) == (whole.metrics, whole.n, list(whole.items))
+    for column, values in parts.items.items():
+        expected = whole.items[column]
+        if column == "retrieved":  # scores of products of other shapes may differ in the last bit
+            values, expected = ([[hit["id"] for hit in hits] for hits in found] for found in (values, expected))
+        assert values == expected, column
 
 
 def refuse(*_, **__):

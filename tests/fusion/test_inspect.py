@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -50,8 +51,11 @@ def test_conflicts(two, tiny_model_folder, tmp_path):
 def test_table_and_files(two, tiny_model_folder, tmp_path):
     table = inspect(two, tiny_model_folder, tmp_path / "out")
     assert "| layer 1 |" in table
-    assert len(json.loads((tmp_path / "out" / "moves.json").read_text())["layers"]) == 5
-    assert (tmp_path / "out" / "moves.svg").read_text().startswith("<svg")
+    layers = json.loads((tmp_path / "out" / "moves.json").read_text())["layers"]
+    drawing = ElementTree.parse(tmp_path / "out" / "moves.svg")
+    named = [text.text for text in drawing.iterfind(".//{*}text[@class='named']")]
+    assert named == [layer["name"] for layer in layers]
+    assert len(named) == 5
 
 
 def test_layers_by_name():

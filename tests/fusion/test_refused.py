@@ -1,6 +1,7 @@
 """Folders that would merge into something wrong, or end in a traceback: each is told in one line, nothing is left."""
 
 import json
+import math
 import os
 import shutil
 
@@ -13,6 +14,7 @@ from codiemb import fuse
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.fusion.inspect import inspect
 from codiemb.fusion.numbers import narrowed, widened
+from codiemb.fusion.weights import weights_of
 
 FILE = "model.safetensors"
 
@@ -62,6 +64,47 @@ def test_whole_numbers_are_those_of_the_checkpoints(tmp_path, base_type):
     merged = load_file(fuse([one, other], base, tmp_path / "out", method="uniform").path / FILE)
     assert torch.equal(merged["places"], places)
     assert torch.equal(merged["w"], torch.ones(2) * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scale": math.nan}, "scale: got nan"),
+        ({"scale": math.inf}, "scale: got inf"),
+        ({"weighting": "softmax", "temperature": math.inf}, "temperature: got inf"),
+        ({"method": "weighted", "weights": [math.inf, 1]}, "weights: got [inf, 1]"),
+        ({"method": "weighted", "weights": [1e308, 1e308]}, "weights: got [1e+308, 1e+308]"),
+        ({"method": "weighted", "weights": [math.nan, 1]}, "weights: got [nan, 1]"),
+    ],
+)
+def test_settings_that_are_no_numbers(tmp_path, settings, words):
+    folders = three(tmp_path, *({"a.w": torch.rand(2)} for _ in range(3)))
+    refused(tmp_path, folders[1:], folders[0], words, error=ConfigError, **settings)
+
+
+def test_an_empty_output_whose_folder_cannot_be_written(tmp_path, monkeypatch):
+    folders = three(tmp_path, *({"a.w": torch.rand(2)} for _ in range(3)))
+    out = tmp_path / "mount" / "out"
+    out.mkdir(parents=True)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != out.parent and allowed(path, mode))
+    with pytest.raises(ConfigError, match="no right to write in"):
+        fuse(folders[1:], folders[0], out)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(out), "is_mount", lambda path: path == out)
+    with pytest.raises(ConfigError, match="a mount point"):
+        fuse(folders[1:], folders[0], out)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-50, 1e-300])
+def test_a_softmax_of_almost_no_temperature_takes_the_farthest(temperature):
+    norms = np.array([[0.25, 1.0], [0.5, 0.5]], np.float32)
+    assert weights_of(norms, "softmax", temperature).tolist() == [[0, 1], [1, 0]]
+
+
+def test_norms_whose_sum_their_type_cannot_hold(tmp_path):
+    norms = np.full((4, 2), 3e38, np.float32)
+    assert weights_of(norms, "proportional").tolist() == [[0.25, 0.25]] * 4
 
 
 def test_numbers_where_the_base_has_whole_ones(tmp_path):

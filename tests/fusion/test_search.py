@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from xml.etree import ElementTree
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from codiemb.errors import ConfigError
-from codiemb.fusion.front import front, knee
+from codiemb.figures.front import front, knee
 from codiemb.fusion.search import Search, best, pareto
 
 NAME = "encoder.layer.0.output.dense.bias"
@@ -93,7 +94,10 @@ def test_pareto_walks_between_two_experts(checkpoints, tiny_model_folder, tmp_pa
     assert len(content["points"]) == 12
     assert content["points"][content["knee"]]["settings"]["weights"] == pytest.approx([0.5, 0.5])
     assert bias(out / "best") == pytest.approx(2.5)
-    assert "<svg" in (out / "pareto.svg").read_text()
+    drawn = [dot.get("class") for dot in ElementTree.parse(out / "pareto.svg").iterfind(".//{*}circle")]
+    assert len(drawn) == 12
+    assert drawn.index("dot knee") == content["knee"]
+    assert drawn.count("dot onfront") == len(content["front"]) - 1
     assert "knee" in told
 
 
@@ -132,7 +136,27 @@ def test_weights_by_layer_find_what_one_weight_for_all_cannot(checkpoints, tiny_
     assert "by layer" in told
 
 
-@pytest.mark.parametrize("way", ["greedy", "layers"])
+def test_what_is_kept_is_what_was_scored(checkpoints, tiny_model_folder, tmp_path):
+    """A checkpoint alone is scored in the base's number type too: 1.001 is 1 in bfloat16."""
+    base = shutil.copytree(tiny_model_folder, tmp_path / "base")
+    save_file({name: weight.bfloat16() for name, weight in load_file(base / FILE).items()}, base / FILE)
+    weights = load_file(checkpoints[1] / FILE)
+    save_file(weights | {NAME: weights[NAME] * 0 + 1.001}, checkpoints[1] / FILE)
+    best(Search(checkpoints[:2], base, tmp_path / "out", near(1.001)), None, {})
+    alone = trials(tmp_path / "out")[1]
+    assert (alone["settings"], alone["scores"]["retrieval"]) == ({}, pytest.approx(1 - 0.001 / 10))
+    facts = json.loads((tmp_path / "out" / "best" / "fusion.json").read_text())
+    assert (bias(tmp_path / "out" / "best"), facts["scores"]) == (1, alone["scores"])
+
+
+def test_the_fusion_without_options_is_no_checkpoint_alone(checkpoints, tiny_model_folder, tmp_path):
+    told = best(Search(checkpoints[:2], tiny_model_folder, tmp_path / "out", near(1)), None, {})
+    assert [trial["settings"] for trial in trials(tmp_path / "out")] == [{}, {}, {"method": "delta"}]
+    assert "checkpoint-0, " in told
+    assert ": method delta" in told
+
+
+@pytest.mark.parametrize("way", ["greedy", "layers", "grid"])
 def test_settings_that_a_search_would_not_use_are_refused(checkpoints, tiny_model_folder, tmp_path, way):
     with pytest.raises(ConfigError, match=f"--search {way}: got granularity"):
         best(Search(checkpoints, tiny_model_folder, tmp_path / "out", near(1)), way, {"granularity": "row"})

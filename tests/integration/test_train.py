@@ -16,7 +16,9 @@ from codiemb import load_config, train
 from codiemb.encoder.memory import Footprint, Memory
 from codiemb.errors import ConfigError
 from codiemb.training import trainer
+from codiemb.training.checkpoint import checkpoints
 from codiemb.training.clock import PHASES
+from codiemb.training.merging import _merges
 from codiemb.training.metrics import MetricsLog
 from codiemb.training.results import compare_run, results_table
 from tests.small_run import LETTERS, assert_equal_weights, small_run, weights, write_lines
@@ -249,6 +251,10 @@ def test_the_checkpoints_of_a_run_are_fused_at_its_end(config_file, tmp_path, mo
         "checkpoint-12",
         "checkpoint-14",
     }
+    assert facts["scores"] == {
+        "retrieval": pytest.approx(result.fused["uniform"]["search"]["ndcg_at_10"]),
+        "similarity": pytest.approx(result.fused["uniform"]["pairs"]["spearman"]),
+    }
     scores = json.loads((run / "eval" / "uniform" / "pairs.json").read_text())["metrics"]
     assert scores == result.fused["uniform"]["pairs"]
     comparison = json.loads((run / "comparison.json").read_text())
@@ -299,7 +305,24 @@ def test_the_mean_of_the_weights_goes_on_when_a_run_is_resumed(config_file, tmp_
     for settings in ("fusion={method: ema, ema_decay: 0.9}", "fusion={method: [ema, uniform]}"):
         with pytest.raises(ConfigError, match="one mean over all steps"):
             train(load_config(config_file, [f"output_dir={halted}", settings]), resume=True)
+        assert not (halted / "config.yaml").exists(), "refused before anything is written"
     train(load_config(config_file, [f"output_dir={halted}", ema]), resume=True)
     assert_equal_weights(run / "fused" / "ema", halted / "fused" / "ema", rtol=0, atol=0)
     before, after = weights(run / "fused" / "ema"), weights(run / "model")
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_checkpoint_that_is_not_as_it_was_written_is_not_merged(config_file, tmp_path, caplog):
+    train(load_config(config_file))
+    run = tmp_path / "run"
+    newest, *others = checkpoints(run)
+    file = others[0] / "0_Transformer" / "model.safetensors"
+    file = file if file.exists() else others[0] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    config = load_config(config_file, ["fusion={checkpoints: 2, method: uniform}"])
+    assert _merges(config, config.fusion, None) == ["uniform"]
+    facts = json.loads((run / "fused" / "uniform" / "fusion.json").read_text())
+    assert [Path(parent["path"]) for parent in facts["parents"]] == sorted([newest, others[1]])
+    assert f"not merged: file {file}" in caplog.text

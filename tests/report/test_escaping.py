@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from codiemb.report.markup import clean, element, escape
+from codiemb.figures.markup import clean, element, escape
 from codiemb.report.page import write_report
 from tests.report import runs
 

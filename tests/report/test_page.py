@@ -19,7 +19,7 @@ import pytest
 import codiemb
 from codiemb import cli
 from codiemb.errors import CheckpointError, EvaluationError
-from codiemb.report.figures import LEFT, RIGHT
+from codiemb.figures.charts import LEFT, RIGHT
 from codiemb.report.page import SECTIONS, write_report
 from tests.report import runs
 

@@ -1,12 +1,8 @@
 """What a run folder holds when a run begins in it: nothing of an earlier run, unless it goes on from there."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from codiemb.data.checks import Report
-from codiemb.training.run import RUN_FILES, _start_run_folder
-from tests.training.test_card import prepared
+from codiemb.training.run_folder import RUN_FILES, begin
 
 WRITTEN = {"config.yaml", "plan.json", "environment.json"}
 STALE = {
@@ -23,8 +19,7 @@ def start(tmp_path):
         for name in left:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("old")
-        ready = SimpleNamespace(config=prepared().config, report=Report({"sources": {}}, []))
-        _start_run_folder(tmp_path, overwrite, from_start, ready, SimpleNamespace(environment={}))
+        begin(tmp_path, overwrite, from_start, dict.fromkeys(WRITTEN, "new"))
         files = {path for path in tmp_path.rglob("*") if path.is_file()}
         assert all((tmp_path / name).read_text() != "old" for name in WRITTEN)
         return {str(path.relative_to(tmp_path)) for path in files}
@@ -51,3 +46,12 @@ def test_a_folder_where_no_run_was_loses_nothing(start):
 def test_a_removal_that_was_cut_goes_on_at_the_next_start():
     """The file that tells of an earlier run is the last to go."""
     assert RUN_FILES[-1] == "environment.json"
+
+
+def test_what_only_looks_like_a_checkpoint_stays(start, tmp_path):
+    """A note, an archive, a folder of another name; a link goes, what it leads to stays."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "weights").write_text("old")
+    (tmp_path / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    left = ("checkpoint-2/weights", "checkpoint-notes.txt", "checkpoint-best/weights")
+    assert start(overwrite=True, left=left) == {*WRITTEN, *left[1:], "elsewhere/weights"}

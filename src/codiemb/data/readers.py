@@ -169,12 +169,13 @@ def _read_file(path: Path, source: Source) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        # Without a buffer whole row groups are held; and pyarrow takes `a:b` for an address.
+        with pq.ParquetFile(path.absolute(), buffer_size=_AT_ONCE, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=4096):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"file {path}, row {number}", row
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"file {path}, after row {number}", got=error, expected="a readable Parquet file") from None
 
 
@@ -197,6 +198,7 @@ def _read_csv(path: Path, source: Source, delimiter: str) -> Rows:
         raise DataError(f"file {path}, line {reader.line_num}", got=error, expected="valid CSV") from None
 
 
+_AT_ONCE = 2**20  # bytes of a Parquet column
 _TOO_MANY = "\0"  # what a row's cells beyond the header are filed under; no column is named so
 
 

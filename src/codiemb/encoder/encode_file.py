@@ -6,13 +6,13 @@ any other [.gz .zst]                          one a line
 
 output        holds
 .npy          float32 [text, dim]
-.parquet      `embedding`, a list of float32 of fixed size; and `id` if the input has `_id` or `id`
+.parquet      `embedding`, a list of float32 of fixed size; and `id` if a row of the first chunk has
+              `_id` or `id`, null where one has none
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from codiemb.encoder.engine import encode
 from codiemb.encoder.model import max_length, prompt
 from codiemb.encoder.tokens import Text
 from codiemb.errors import ConfigError, DataError, short
-from codiemb.files import require_folder, sync, told_of_full_disk
+from codiemb.files import replacing, require_folder, sync, told_of_full_disk
 
 CHUNK = 8192  # texts encoded at once: enough of like length to fill micro-batches
 OUTPUTS = (".npy", ".parquet")
@@ -64,11 +64,9 @@ def encode_file(
     first = next(chunks, None)
     if first is None:
         raise DataError(f"file {input}", got="no text", expected="at least one")
-    partial = output.with_name(output.name + ".partial")
     count = 0
-    try:
+    with told_of_full_disk(output.parent, "free some disk"), replacing(output) as partial:
         with (
-            told_of_full_disk(output.parent, "free some disk"),
             tqdm(desc=f"encode {input.name}", unit="text", leave=False) as bar,
             partial.open("wb") as file,
             contextlib.closing((NumpyFile if output.suffix == ".npy" else ParquetFile)(file)) as writer,
@@ -79,9 +77,6 @@ def encode_file(
                 count += len(chunk)
                 bar.update(len(chunk))
         sync(partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
     return count
 
 
@@ -156,7 +151,8 @@ class ParquetFile:
     def add(self, embeddings: Rows, ids: Sequence[str | None]) -> None:
         if self.writer is None:
             vector = pa.field("embedding", pa.list_(pa.float32(), embeddings.shape[1]))
-            self.schema = pa.schema([pa.field("id", pa.string()), vector] if ids[0] is not None else [vector])
+            with_ids = any(key is not None for key in ids)
+            self.schema = pa.schema([pa.field("id", pa.string()), vector] if with_ids else [vector])
             self.writer = pq.ParquetWriter(self.file, self.schema)
         column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         columns = [pa.array(ids, pa.string()), column] if "id" in self.schema.names else [column]

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from codiemb.distributed import joined, rank, world_size
 from codiemb.encoder.elsewhere import OtherEncoder, embed_elsewhere
 from codiemb.encoder.gpu import packs
-from codiemb.encoder.model import hidden_states
+from codiemb.encoder.model import hidden_states, require_one_way
 from codiemb.encoder.threads import pays, side_by_side
 from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
@@ -107,6 +107,7 @@ def encode(
         encoder: one that tokenises for itself (`codiemb.encoder.elsewhere`) knows no `bf16`.
         normalize: false: of the length that the model gives them.
     """
+    require_one_way(encoder)
     if not (isinstance(encoder, SentenceTransformer) and isinstance(encoder[0], Transformer)):
         return _placed(texts, partial(embed_elsewhere, encoder), normalize, progress)
     was_training = encoder.training

@@ -48,7 +48,7 @@ class Memory:
     """What the activations of a step may take.
 
     Attributes:
-        activations: bytes, the micro-batches that run at once left out.
+        activations: bytes.
         footprint: bytes of a micro-batch.
         micro_batch_tokens: tokens of a micro-batch, padding included; more than its default would not be faster.
     """
@@ -106,7 +106,9 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
             fix="raise it or lower model.max_length",
         )
     kept = _KEPT_ON_GPU if encoder.device.type == "cuda" else _KEPT
-    return Memory((left - running * _one(footprint, tokens, length)) / kept, footprint, tokens)
+    # The backward pass takes those that kept their activations first, so what runs beside them is only their gradients.
+    gradients = (_RUNNING - 1) * side_by_side * _one(footprint, tokens, length)
+    return Memory((left - gradients) / kept, footprint, tokens)
 
 
 def measure(encoder: SentenceTransformer, length: int, bf16: bool) -> Footprint:

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
+from sentence_transformers.base.modules import Router, Transformer
 from transformers import AutoConfig, PreTrainedModel
 
 from codiemb.config import ROLES, ModelSection, Role
 from codiemb.encoder import cpu, gpu
 from codiemb.encoder.adapters import adapt, has_adapters, require_peft
 from codiemb.encoder.location import locate
-from codiemb.errors import CheckpointError
+from codiemb.errors import CheckpointError, EvaluationError
 
 ROLE_FILE = "codiemb.json"
 HIDDEN_DROPOUT = (
@@ -50,6 +50,7 @@ def load_encoder(settings: ModelSection, device: str | None = None) -> SentenceT
         require_peft()
     path = locate(settings.base)
     encoder = open_model(path, _dropout(path, settings), device=device, dtype=torch.float32)
+    require_one_way(encoder)
     given = {role: getattr(settings.prompts, role) for role in ROLES}
     encoder.prompts = {
         **dict.fromkeys(ROLES, ""),
@@ -69,6 +70,22 @@ def load_encoder(settings: ModelSection, device: str | None = None) -> SentenceT
     set_lengths(encoder, {role: length for role, length in lengths.items() if length is not None})
     adapt(encoder, settings)
     return encoder
+
+
+def require_one_way(encoder: Any) -> None:
+    """Refuses a model that takes queries and documents through different modules.
+
+    Raises:
+        EvaluationError: it names the ways.
+    """
+    for module in encoder.modules() if isinstance(encoder, SentenceTransformer) else ():
+        if isinstance(module, Router) and len(module.sub_modules) > 1:
+            raise EvaluationError(
+                "model",
+                got=f"a Router with ways for {', '.join(module.sub_modules)}",
+                expected="one encoder for all texts",
+                fix="choose another model",
+            )
 
 
 def open_model(

@@ -34,8 +34,8 @@ from codiemb.errors import EvaluationError
 from codiemb.evaluation.figure import figure
 from codiemb.evaluation.geometry import SPECTRAL, linear_cka, sentence_measures, token_measures
 from codiemb.evaluation.texts import Texts, read_texts
+from codiemb.figures.markup import clean
 from codiemb.files import require_folder, write_whole
-from codiemb.report.markup import clean
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from codiemb.data.store import cache_folder
 from codiemb.encoder.elsewhere import OtherEncoder
-from codiemb.files import write_whole
+from codiemb.files import replacing, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def key_of(settings: dict[str, Any]) -> str:
 
 def find(key: str) -> tuple[dict[str, Any], pa.Table] | None:
     """The content of a result's file and its items, or None."""
-    stem = cache_folder("evaluations") / key
+    stem = cache_folder("evaluations").absolute() / key  # pyarrow takes `a:b` for an address
     with contextlib.suppress(OSError, ValueError, RecursionError, pa.ArrowException):  # nothing there, or damaged
         content = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         if isinstance(content, dict) and isinstance(content.get("metrics"), dict) and {"n", "seconds"} <= set(content):
@@ -80,10 +80,11 @@ def find(key: str) -> tuple[dict[str, Any], pa.Table] | None:
 
 def write(stem: Path, content: dict[str, Any], items: pa.Table, suffix: str = ".parquet") -> None:
     """Writes `<stem>.json` and its items beside it; the first is there last."""
+    stem = stem.absolute()
     stem.parent.mkdir(parents=True, exist_ok=True)
     table = stem.with_name(stem.name + suffix)
-    pq.write_table(items, f"{table}.partial")
-    os.replace(f"{table}.partial", table)
+    with replacing(table) as partial:
+        pq.write_table(items, partial)
     write_whole(stem.with_name(stem.name + ".json"), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 

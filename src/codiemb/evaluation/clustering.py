@@ -14,6 +14,7 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import adjusted_mutual_info_score, v_measure_score
 
 from codiemb.distributed import rank
+from codiemb.errors import DataError
 from codiemb.evaluation.labelled import Labelled, load
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, embed_all, texts_of
 from codiemb.suites.suite import DataSet
@@ -51,4 +52,18 @@ def score(embeddings: Float[np.ndarray, "text dim"], labels: np.ndarray) -> dict
     return found
 
 
-CLUSTERING = Evaluation(load, evaluate)
+def load_texts(source: DataSet) -> Labelled:
+    """
+    Raises:
+        DataError: as `labelled.load`, or more labels than texts are drawn.
+    """
+    data = load(source)
+    if (labels := len(set(data.labels))) > DRAWN:
+        raise DataError(
+            f"source {source.name!r}, {source.path}", got=f"{labels} labels", expected=f"at most {DRAWN}",
+            fix="name the column of the labels",
+        )  # fmt: skip
+    return data
+
+
+CLUSTERING = Evaluation(load_texts, evaluate)

@@ -17,12 +17,14 @@ from codiemb.config import Source
 from codiemb.data.beir import MOST_GAIN, Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
-from codiemb.distributed import joined, rank
+from codiemb.distributed import joined, most, rank
 from codiemb.encoder.engine import encode_on_all_ranks, encode_share
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, digest, progress, texts_of
 from codiemb.suites.suite import DataSet
 
 RETRIEVED = 1000  # documents kept of each ranking, as trec_eval and mteb do
+QUERIES_AT_ONCE = 2048  # whose rankings are held
+MOST_SCORES = 2**26  # of queries and documents, held at once
 METRICS = ("ndcg_at_10", "mrr_at_10", "map", "recall_at_100")
 SHOWN = 5  # documents of each ranking that are kept with the scores
 SHOWN_CHARACTERS = 300
@@ -94,15 +96,23 @@ def evaluate(encoder: Encoder, source: DataSet, collection: Collection, bf16: bo
         query_embeddings = encode_on_all_ranks(encoder, queries, bf16=bf16, progress=bar)
         document_embeddings, shares = encode_share(encoder, texts, bf16=bf16, progress=bar)
     numbers = torch.tensor(shares[rank()], dtype=torch.int64, device=document_embeddings.device)
-    found, places = search(query_embeddings, document_embeddings, numbers, RETRIEVED)
+    items: dict[str, list[Any]] = {}
+    for start in range(0, len(keys), QUERIES_AT_ONCE):
+        part = slice(start, start + QUERIES_AT_ONCE)
+        found, places = search(query_embeddings[part], document_embeddings, numbers, RETRIEVED)
+        if rank() > 0:
+            continue
+        run = {
+            key: {documents[place]: float(value) for place, value in zip(places[row], found[row], strict=True)}
+            for row, key in enumerate(keys[part])
+        }
+        by_query = score(run, {key: collection.qrels[key] for key in run})
+        queries_of_part = {key: collection.queries[key] for key in run}
+        of_part = items_of(run, by_query, METRICS, queries_of_part, collection.qrels, collection.documents)
+        for column, values in of_part.items():
+            items.setdefault(column, []).extend(values)
     if rank() > 0:
         return None
-    run = {
-        key: {documents[place]: float(value) for place, value in zip(places[row], found[row], strict=True)}
-        for row, key in enumerate(keys)
-    }
-    by_query = score(run, collection.qrels)
-    items = items_of(run, by_query, METRICS, collection.queries, collection.qrels, collection.documents)
     facts = {"documents": len(documents), "left_out": collection.left_out}
     return Scores({metric: float(np.mean(items[metric])) for metric in METRICS}, len(keys), items, facts)
 
@@ -146,7 +156,6 @@ def search(
     documents: Float[Tensor, "document dim"],
     numbers: Int[Tensor, " document"],
     k: int,
-    block: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` documents of highest dot product for each query: scores and numbers, [query, k], best first.
 
@@ -157,6 +166,7 @@ def search(
         numbers: the number of each document in the whole corpus.
     """
     scores, found = [], []
+    block = max(1, min(256, MOST_SCORES // max(1, most(len(documents)))))
     for part in queries.split(block):
         own = (part @ documents.T).float().topk(min(k, len(documents)), dim=1)
         all_scores, all_numbers = _side_by_side(own.values), _side_by_side(numbers[own.indices])

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from codiemb.errors import EvaluationError, short
 from codiemb.evaluation.metrics import HEADLINE
 from codiemb.evaluation.significance import spearman_contributions
+from codiemb.tasks.task import same_score
 
 # The headline of each task whose items make it up.
 METRICS = {task: HEADLINE[task] for task in ("retrieval", "reranking", "classification", "similarity")}
@@ -97,7 +98,12 @@ def read_evaluation(folder: Path) -> dict[str, Scored | None]:
     for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
         content = _json(file)
         if "metrics" in content:
-            found[content.get("dataset", file.stem)] = _if_of_items(file, content)
+            scored, name = _if_of_items(file, content), content["dataset"]
+            if name in found:
+                raise EvaluationError(
+                    f"file {file}", got=f"{name} again", expected="one file a data set", fix="remove one of the two"
+                )
+            found[name] = scored
     if not found:
         inside = " or ".join(str(path) for path in sorted(folder.glob("eval/*")) if path.is_dir())
         raise EvaluationError(
@@ -200,7 +206,7 @@ def _scored(file: Path, content: dict[str, Any]) -> Scored:
         values,
     )
     recorded, found = content["metrics"].get(METRICS[task]), contributions(scored).mean()
-    if not isinstance(recorded, int | float) or not abs(recorded - found) <= 1e-4:
+    if not isinstance(recorded, int | float) or not same_score(recorded, found):
         raise _damaged(items, f"{METRICS[task]} {found:.4f}", f"{recorded} as in {file}")
     return scored
 
@@ -214,8 +220,10 @@ def contributions(scored: Scored) -> Float[np.ndarray, " item"]:
 
 def _items(file: Path, required: Sequence[str]) -> pa.Table:
     try:
-        names = pq.read_schema(file).names
-        table = pq.read_table(file, columns=[name for name in names if name in (*KEYS, *required, *TEXTS)])
+        place = file.absolute()  # pyarrow takes `a:b` for an address
+        names = pq.read_schema(place).names
+        table = pq.read_table(place, columns=[name for name in names if name in (*KEYS, *required, *TEXTS)])
+        table.validate(full=True)
     except FileNotFoundError:
         raise _damaged(file, "nothing there", "the scores of the items") from None
     except (OSError, pa.ArrowException) as error:

@@ -108,6 +108,8 @@ def _level(quantile: Callable[[float], float], ratio: float) -> float:
     """The level at which `ratio` is just exceeded."""
     if quantile(LEAST) < ratio:
         return LEAST
+    if quantile(1) >= ratio:  # no difference; or less than the quantile is exact
+        return 1.0
     return float(optimize.brentq(lambda level: quantile(level) - ratio, LEAST, 1))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from codiemb.figures.charts import bars
+from codiemb.figures.picture import picture
 from codiemb.files import require_folder, write_whole
 from codiemb.fusion.alike import opened
 from codiemb.fusion.fuse import require_settings
@@ -83,7 +84,9 @@ def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
         "tensors": [found.facts() for found in tensors],
     }
     write_whole(out / "moves.json", json.dumps(content, indent=2) + "\n")
-    write_whole(out / "moves.svg", _figure(content))
+    lowest = [(facts["name"], _lowest(facts)) for facts in content["layers"]]
+    title = "Where checkpoints pull apart: lowest cosine between the moves of two, by layer"
+    write_whole(out / "moves.svg", picture([(title, bars(lowest, "cosine"))], height=24 * len(lowest) + 30))
     rows = [
         "| layer | moved (share of the base's length) | cosine, lowest pair | sign conflicts |",
         "|---|---|---:|---:|",
@@ -96,29 +99,6 @@ def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
 
 def _lowest(facts: dict[str, Any]) -> float:
     return min(value for n, row in enumerate(facts["cosines"]) for value in row[n + 1 :])
-
-
-_COLOURS = ("#0072b2", "#d55e00")  # of what agrees and what does not; told apart by the colour-blind too
-
-
-def _figure(content: dict[str, Any]) -> str:
-    """Where they pull apart: by layer the lowest cosine between two deltas, as bars around 0."""
-    layers = content["layers"]
-    height = 40 + 22 * len(layers)
-    bars = []
-    for place, facts in enumerate(layers):
-        value, y = _lowest(facts), 34 + 22 * place
-        left, width = 300 + min(0, 150 * value), abs(150 * value)
-        bars.append(
-            f'<text x="140" y="{y + 12}" text-anchor="end">{html.escape(facts["name"])}</text>'
-            f'<rect x="{left:.1f}" y="{y}" width="{width:.1f}" height="16" fill="{_COLOURS[value < 0]}"/>'
-            f'<text x="460" y="{y + 12}">{value:.3f}</text>'
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 520 {height}" font-family="sans-serif" font-size="12">'
-        '<text x="10" y="18">Lowest cosine between the moves of two checkpoints, by layer (-1 to 1)</text>'
-        f'{"".join(bars)}<line x1="300" y1="28" x2="300" y2="{height - 6}" stroke="#888"/></svg>\n'
-    )
 
 
 def _sums(tensor: Tiles) -> np.ndarray:

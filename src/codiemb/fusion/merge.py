@@ -141,14 +141,16 @@ class Linear:
         weights: Any = weighed
         if weights is None:
             assert base is not None
-            deltas = np.stack([part - base for part in parts])
+            deltas = np.empty((len(parts), *base.shape), base.dtype)
+            for part, delta in zip(parts, deltas, strict=True):
+                np.subtract(part, base, out=delta)
 
             def norms(mixes: np.ndarray) -> np.ndarray:
                 mixed = deltas if mixes.ndim == 2 else (mixes * deltas).sum(axis=1, dtype=deltas.dtype)
                 if self.granularity == "element":
                     return of_elements(mixed, self.norm)
                 rows = np.stack([norm_of_parts(delta, self.norm, rows=True) for delta in mixed])
-                return finished(rows, self.norm, tensor.like.width)[..., None]
+                return finished(rows.astype(np.float64), self.norm, tensor.like.width)[..., None]
 
             weights = self._guided(norms, len(parts))
         total = None
@@ -164,12 +166,11 @@ class Linear:
     def _guided(self, norms: Callable[[np.ndarray], np.ndarray], models: int) -> Float[np.ndarray, "model ..."]:
         """Weights from `norms`, which takes mixes of deltas, [mix, model, ...], and gives [mix, ...]."""
         each = norms(np.eye(models))
-        groups = self.groups or [list(range(models))]
-        within = np.zeros((len(groups), *each.shape), each.dtype)
-        for number, group in enumerate(groups):
+        if len(self.groups) < 2:
+            return weights_of(each, self.weighting, self.temperature)
+        within = np.zeros((len(self.groups), *each.shape), each.dtype)
+        for number, group in enumerate(self.groups):
             within[number, group] = weights_of(each[group], self.weighting, self.temperature)
-        if len(groups) == 1:
-            return within[0]
         across = weights_of(norms(within), self.weighting, self.temperature)
         return (across[:, None] * within).sum(axis=0)
 

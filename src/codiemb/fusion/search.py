@@ -21,9 +21,11 @@ import numpy as np
 from scipy.special import softmax
 
 from codiemb.errors import ConfigError
+from codiemb.figures.front import front, knee, marks
+from codiemb.figures.picture import picture
+from codiemb.figures.scatter import scatter_plot
 from codiemb.files import write_whole
 from codiemb.fusion.alike import opened
-from codiemb.fusion.front import figure, front, knee
 from codiemb.fusion.fuse import fuse, layers_of, require_empty, require_settings
 
 logger = logging.getLogger(__name__)
@@ -85,13 +87,13 @@ class Search:
         self.trials: list[Trial] = []
 
     def alone(self, checkpoint: Path) -> Trial:
-        """Scores one checkpoint as it is."""
-        return self._record([checkpoint], {}, checkpoint)
+        """Scores one checkpoint, in the number type of the base as all that is written here."""
+        return self.fused([checkpoint], {})
 
     def fused(self, checkpoints: Sequence[Path], settings: dict[str, Any]) -> Trial:
-        """Scores a fusion."""
+        """Scores a fusion; of one checkpoint, with no settings, itself."""
         folder = self.out / "trial"
-        fuse(checkpoints, self.base, folder, **settings, force=self.force)
+        self._write(checkpoints, settings, folder)
         try:
             return self._record(checkpoints, settings, folder)
         finally:
@@ -100,16 +102,18 @@ class Search:
     def keep(self, trial: Trial) -> Path:
         """Writes the model of a trial, with its scores and all trials in its `fusion.json`."""
         best = self.out / "best"
-        if len(trial.checkpoints) == 1:  # all weight on one, so that what only training needs stays behind
-            chosen = trial.checkpoints[0]
-            others = [str(folder) for folder in self.checkpoints if str(folder) != chosen]
-            weights = [1.0] + [0.0] * len(others)
-            facts = fuse([chosen, *others], self.base, best, method="weighted", weights=weights, force=True).facts
-        else:
-            facts = fuse(trial.checkpoints, self.base, best, **trial.settings, force=self.force).facts
+        facts = self._write([Path(path) for path in trial.checkpoints], trial.settings, best)
         facts = {**facts, "scores": trial.scores, "trials": [asdict(tried) for tried in self.trials]}
         write_whole(best / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         return best
+
+    def _write(self, checkpoints: Sequence[Path], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+        if len(checkpoints) > 1:
+            return fuse(checkpoints, self.base, folder, **settings, force=self.force).facts
+        # All weight on one, so that what only training needs stays behind.
+        chosen = [*checkpoints, *(other for other in self.checkpoints if other != checkpoints[0])]
+        weights = [1.0] + [0.0] * (len(chosen) - 1)
+        return fuse(chosen, self.base, folder, method="weighted", weights=weights, force=True).facts
 
     def _record(self, checkpoints: Sequence[Path], settings: dict[str, Any], folder: Path) -> Trial:
         trial = Trial([str(path) for path in checkpoints], settings, self.score(folder))
@@ -130,13 +134,13 @@ def best(search: Search, way: Way | None, settings: dict[str, Any], trials: int 
             of `settings`.
         trials: of `layers`, rounded up to whole generations.
     """
-    if settings and way in ("greedy", "layers"):
+    if settings and way:
         raise ConfigError(f"--search {way}", got=", ".join(settings), expected="no settings of a fusion beside it")
     if way == "layers":
         require_cma()
     if trials < 1:
         raise ConfigError("--trials", got=trials, expected="at least 1")
-    grid = {"greedy": [], "layers": [], "grid": [settings | point for point in GRID], None: [settings]}[way]
+    grid = {"greedy": [], "layers": [], "grid": GRID, None: [{"method": "delta", **settings}]}[way]
     for point in grid:
         require_settings(search.checkpoints, **point)
     alone = [search.alone(checkpoint) for checkpoint in search.checkpoints]
@@ -222,7 +226,10 @@ def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
         "knee": at_knee,
     }
     write_whole(search.out / "pareto.json", json.dumps(content, indent=2) + "\n")
-    write_whole(search.out / "pareto.svg", figure(tasks, points, best_of_all, at_knee))
+    title, dots = "Pareto front", marks(points, [_name(trial) for trial in search.trials], best_of_all, at_knee)
+    across, up = (f"mean {task}, points" for task in tasks)
+    plot = scatter_plot(title, dots, across, up, best_of_all)
+    write_whole(search.out / "pareto.svg", picture([(title, plot)]))
     chosen = search.trials[at_knee]
     return f"{_table(search.trials, chosen)}\n\nmodel at the knee {search.keep(chosen)}"
 
@@ -231,7 +238,10 @@ def _table(trials: Sequence[Trial], chosen: Trial) -> str:
     tasks = list(trials[0].scores)
     rows = [f"| checkpoints and settings | {' | '.join(tasks)} | mean |", f"|---|{'---:|' * (len(tasks) + 1)}"]
     for trial in trials:
-        names = ", ".join("/".join(Path(path).parts[-2:]) for path in trial.checkpoints)
         scores = " | ".join(f"{100 * value:.2f}" for value in (*trial.scores.values(), trial.score))
-        rows.append(f"| {names}: {trial.told()}{' **(chosen)**' * (trial is chosen)} | {scores} |")
+        rows.append(f"| {_name(trial)}{' **(chosen)**' * (trial is chosen)} | {scores} |")
     return "\n".join(rows)
+
+
+def _name(trial: Trial) -> str:
+    return f"{', '.join('/'.join(Path(path).parts[-2:]) for path in trial.checkpoints)}: {trial.told()}"

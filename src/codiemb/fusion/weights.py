@@ -37,16 +37,19 @@ def weights_of(
         temperature: of the softmax.
 
     Where no model moved, all count the same. With `inverse` those that did not move share the whole weight, which is
-    the limit.
+    the limit. Arithmetic is in the type of the norms, or in double precision where that would not be finite.
     """
-    norms = norms.astype(np.float64)
     if weighting == "softmax":
+        norms = norms.astype(np.float64)
         norms = np.exp((norms - norms.max(axis=0)) / temperature)
     elif weighting == "inverse":
         still = norms == 0
         with np.errstate(divide="ignore"):
-            norms = np.where(still.any(axis=0), still, 1 / norms)
-    total = norms.sum(axis=0)
+            norms = np.where(still.any(axis=0), still, 1 / norms.astype(np.float64))
+    with np.errstate(over="ignore"):
+        total = norms.sum(axis=0)
+    if total.dtype != np.float64 and not np.isfinite(total).all():
+        return weights_of(norms.astype(np.float64), "proportional")
     moved = total > 0
     return np.where(moved, norms / np.where(moved, total, 1), 1 / len(norms))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from codiemb.report.bins import band, stretches
+from codiemb.figures.bins import band, stretches
+from codiemb.figures.charts import figure
+from codiemb.figures.markup import Markup, element, number, section, table
+from codiemb.figures.strips import LEVELS, Row, strip
 from codiemb.report.facts import Conflict
-from codiemb.report.figures import figure
-from codiemb.report.markup import Markup, element, number, section, table
 from codiemb.report.over_steps import chart, cut_of, series
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import colour
-from codiemb.report.strips import LEVELS, Row, strip
 
 COLUMNS = 120
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from codiemb.figures.charts import histogram
+from codiemb.figures.markup import Markup, Number, element, fold, name, plural, section, table
 from codiemb.report.facts import SourceFacts, Tokens
-from codiemb.report.figures import histogram
-from codiemb.report.markup import Markup, Number, element, fold, name, plural, section, table
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import colour
 

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from codiemb.errors import EvaluationError
+from codiemb.figures.markup import Markup, element, name, number, points, section, signed, table
 from codiemb.report.facts import Evaluation
-from codiemb.report.markup import Markup, element, name, number, points, section, signed, table
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import headline, metric_name
 
@@ -72,13 +72,14 @@ def _table(folder: Path, evaluation: Evaluation) -> pa.Table | None:
     if not path.exists():
         return None
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path.absolute())  # pyarrow takes `a:b` for an address
         columns = {*file.schema_arrow.names}
         wanted = next((kind for kind in (QUERY, PAIR) if columns >= {*kind}), None)
         if wanted is None:
             return None
         keep = [column for column in (*wanted, headline(evaluation)) if column in columns]
         found = file.read(columns=keep)
+        found.validate(full=True)
     except (OSError, pa.ArrowException) as error:
         raise EvaluationError(
             f"file {path}", got=error, expected="Parquet", fix="evaluate again, or remove the file"

@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from codiemb.figures.front import front, marks
+from codiemb.figures.markup import Markup, element, fold, interval, name, number, points, section, signed, table
+from codiemb.figures.scatter import Point, scatter
 from codiemb.report.facts import Fusion, Pareto, Trial
-from codiemb.report.markup import Markup, element, fold, interval, name, number, points, section, signed, table
 from codiemb.report.results import mark
 from codiemb.report.run_folder import Run
-from codiemb.report.scatter import Point, scatter
 from codiemb.report.scores import in_all, left_out, of_same, task_means
 
 
@@ -75,22 +76,10 @@ def _figures(run: Run, means: dict[str, dict[str, float]], trials: list[Trial]) 
 
 def _front_figure(trials: list[Trial], tasks: list[str], pareto: Pareto | None) -> Markup:
     at = [(one.scores[tasks[0]], one.scores[tasks[1]]) for one in trials]
-    front = pareto.front if pareto else _front(at)
-    knee = pareto.knee if pareto else None
-    marks = [
-        Point("knee", 100 * x, 100 * y, "knee", True)
-        if place == knee
-        else Point(what(one), 100 * x, 100 * y, "onfront" if place in front else "behind")
-        for place, (one, (x, y)) in enumerate(zip(trials, at, strict=True))
-    ]
+    best = pareto.front if pareto else front(at)
+    dots = marks(at, [what(one) for one in trials], best, pareto.knee if pareto else None)
     title, about = ("Pareto front" if pareto else "Trials"), "The line joins the models that no other beats in both."
-    return scatter(title, marks, f"{tasks[0]}, points", f"{tasks[1]}, points", about=about, front=front)
-
-
-def _front(found: list[tuple[float, float]]) -> list[int]:
-    """Places that no other is as good as in both and better in one, by their first value."""
-    beaten = {n for n, (x, y) in enumerate(found) if any(a >= x and b >= y and (a > x or b > y) for a, b in found)}
-    return sorted(set(range(len(found))) - beaten, key=lambda place: found[place])
+    return scatter(title, dots, f"{tasks[0]}, points", f"{tasks[1]}, points", about=about, front=best)
 
 
 def what(trial: Trial) -> str:

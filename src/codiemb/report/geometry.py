@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from codiemb.report.bins import drawable
-from codiemb.report.figures import Line, line_chart
-from codiemb.report.markup import Markup, element, number, plural, section, table
+from codiemb.figures.bins import drawable
+from codiemb.figures.charts import Line, line_chart
+from codiemb.figures.markup import Markup, element, number, plural, section, table
 from codiemb.report.run_folder import Run
 
 
@@ -20,14 +20,20 @@ def geometry_section(run: Run) -> Markup | None:
     names = short([model.model for model in models])
     metrics = list(dict.fromkeys(key for model in models for layer in model.layers for key in layer if key != "layer"))
     charts = [
-        _by_layer(metric, metric, [(name, place, models[place].layers) for place, name in enumerate(names)])
+        _by_layer(
+            metric,
+            metric,
+            [(name, place, models[place].layers, models[place].pooled.get(metric)) for place, name in enumerate(names)],
+        )
         for metric in metrics
     ]
     if cka.models:
         places = {model.model: place for place, model in enumerate(models)}
         shown = {model: names[place] for model, place in places.items()}
         title = f"likeness to {shown.get(cka.reference, cka.reference)} (CKA)"
-        listed = [(shown.get(one.model, one.model), places.get(one.model, 0), one.layers) for one in cka.models]
+        listed = [
+            (shown.get(one.model, one.model), places.get(one.model, 0), one.layers, one.pooled) for one in cka.models
+        ]
         charts.append(_by_layer(title, "cka", listed))
     pooled = list(dict.fromkeys(key for model in models for key in model.pooled))
     rows = [[words(metric), *(_shown(model.pooled.get(metric)) for model in models)] for metric in pooled]
@@ -38,18 +44,20 @@ def geometry_section(run: Run) -> Markup | None:
     return section(
         "geometry",
         "Geometry by layer",
-        f"How the states of each layer and the pooled sentences lie in space{texts}.",
+        f"How the states of each layer lie in space, and, as a ring at the right, the pooled sentences{texts}.",
         element("div", *charts, class_="figures small"),
         element("h3", "Pooled sentences") if rows else None,
         table(["", *names], rows, "Geometry of the pooled sentences") if rows else None,
     )
 
 
-def _by_layer(title: str, metric: str, models: Sequence[tuple[str, int, list[dict[str, Any]]]]) -> Markup | None:
+def _by_layer(title: str, metric: str, models: Sequence[tuple[str, int, list[dict[str, Any]], Any]]) -> Markup | None:
     lines = []
-    for name, colour, layers in models:
+    for name, colour, layers, pooled in models:
         values = [(_number(layer.get("layer")), _number(layer.get(metric))) for layer in layers]
-        lines.append(Line(name, [(x, y) for x, y in values if x is not None and y is not None], colour))
+        lines.append(
+            Line(name, [(x, y) for x, y in values if x is not None and y is not None], colour, end=_number(pooled))
+        )
     return line_chart(words(title), lines, "layer", words(title), log=True)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from codiemb.report.bins import Stretches, band, stretches
+from codiemb.figures.bins import Stretches, band, stretches
+from codiemb.figures.charts import Line, line_chart
+from codiemb.figures.markup import Markup
 from codiemb.report.facts import Conflict, Step
-from codiemb.report.figures import Line, line_chart
-from codiemb.report.markup import Markup
 
 Told = TypeVar("Told", Step, Conflict)
 

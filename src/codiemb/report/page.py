@@ -6,19 +6,20 @@ import base64
 import hashlib
 from pathlib import Path
 
+from codiemb.figures import picture
+from codiemb.figures.markup import Markup, clean, duration, element, join, name, plural
 from codiemb.files import require_folder, told_of_full_disk, write_whole
 from codiemb.report.conflict import conflict_section
 from codiemb.report.data import data_section
 from codiemb.report.examples import examples_section
 from codiemb.report.fusion import fusion_section
 from codiemb.report.geometry import geometry_section
-from codiemb.report.markup import Markup, clean, duration, element, join, name, plural
 from codiemb.report.results import during_section, headline_section, results_section
 from codiemb.report.run_folder import Run, read_run
 from codiemb.report.settings import settings_section
 from codiemb.report.training import cost_section, loss_section, schedule_section
 
-STYLE = Path(__file__).with_name("page.css")
+STYLES = (picture.STYLE, Path(__file__).with_name("page.css"))
 SECTIONS = {
     "results": ("Results", results_section),
     "during": ("During training", during_section),
@@ -52,7 +53,7 @@ def write_report(folder: Path) -> Path:
 def page(run: Run) -> str:
     """The page of a run; what it has no files for is left out."""
     drawn = {anchor: block for anchor, (_, draw) in SECTIONS.items() if (block := draw(run)) is not None}
-    style = STYLE.read_text(encoding="utf-8")
+    style = "".join(path.read_text(encoding="utf-8") for path in STYLES)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
     head = element(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
-from codiemb.report.axes import Axis
-from codiemb.report.facts import Evaluation
-from codiemb.report.figures import Line, line_chart
-from codiemb.report.markup import (
+from codiemb.figures.axes import Axis
+from codiemb.figures.charts import Line, line_chart
+from codiemb.figures.markup import (
     Markup,
     Number,
     element,
@@ -22,6 +21,8 @@ from codiemb.report.markup import (
     signed,
     table,
 )
+from codiemb.figures.strips import whisker
+from codiemb.report.facts import Evaluation
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import (
     UNTESTED,
@@ -38,7 +39,6 @@ from codiemb.report.scores import (
     scores,
     task_means,
 )
-from codiemb.report.strips import whisker
 
 
 def mark(verdict: str) -> Markup:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from codiemb.errors import CheckpointError, CodiembError, EvaluationError
 from codiemb.report.facts import Comparison, Conflict, Evaluation, Fusion, Geometry, Pareto, PlanFacts, Step, Trial
 from codiemb.tasks import TASKS
+from codiemb.tasks.task import same_score
 
 
 @dataclass
@@ -58,7 +59,11 @@ def read_run(folder: Path) -> Run:
     run.geometry = _one(folder / "geometry.json", Geometry) or _one(folder / "geometry" / "geometry.json", Geometry)
     for path in sorted(folder.glob("eval/*/*.json")):
         if (found := _one(path, Evaluation, EvaluationError)) is not None:
-            run.evaluations.setdefault(path.parent.name, {})[found.dataset] = found
+            if found.dataset in run.evaluations.setdefault(path.parent.name, {}):
+                raise EvaluationError(
+                    f"file {path}", got=f"{found.dataset} again", expected="one file a data set", fix="remove one"
+                )
+            run.evaluations[path.parent.name][found.dataset] = found
     order = [*TASKS]
     for model, found_sets in run.evaluations.items():
         ranked = sorted(
@@ -167,7 +172,7 @@ def _require_same_scores(run: Run) -> None:
             for model, value in ((run.comparison.reference, line.reference), (found.model, line.model)):
                 scored = run.evaluations.get(Path(model).name, {}).get(line.name)
                 known = scored.metrics.get(line.metric) if scored else None
-                if known is not None and abs(known - value) > 1e-6:
+                if known is not None and not same_score(known, value):
                     raise EvaluationError(
                         f"file {run.folder / 'comparison.json'}, {line.name}",
                         got=f"{line.metric} {value:.6f} of {model}",

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-from codiemb.report.axes import Axis
+from codiemb.figures.axes import Axis
 from codiemb.report.facts import Difference, Evaluation
 from codiemb.report.run_folder import Run
 from codiemb.tasks import TASKS
+from codiemb.tasks.task import same_score
 
 METRICS = {
     "ndcg_at_10": "nDCG@10", "mrr_at_10": "MRR@10", "map": "MAP", "recall_at_100": "recall@100",
@@ -85,8 +86,8 @@ def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]
 
 def of_same(line: Difference | None, before: float, after: float) -> Difference | None:
     """What was tested, if it is the mean of the same data sets."""
-    same = line is not None and abs(line.reference - before) < 1e-6 and abs(line.model - after) < 1e-6
-    return line if same else None
+    known = line is not None and same_score(line.reference, before) and same_score(line.model, after)
+    return line if known else None
 
 
 def in_all(run: Run, models: Sequence[str]) -> tuple[dict[str, list[Evaluation]], list[str]]:

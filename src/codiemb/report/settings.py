@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from codiemb.report.markup import Markup, element, fold, section, table
+from codiemb.figures.markup import Markup, element, fold, section, table
 from codiemb.report.run_folder import Run
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from codiemb.report.bins import Stretches, drawable, stretches
+from codiemb.figures.bins import Stretches, drawable, stretches
+from codiemb.figures.charts import COLOURS, Line
+from codiemb.figures.markup import Markup, Number, element, join, name, number, plural, section, table
+from codiemb.figures.strips import Row, level, shares, strip
 from codiemb.report.facts import Step
-from codiemb.report.figures import COLOURS, Line
-from codiemb.report.markup import Markup, Number, element, join, name, number, plural, section, table
 from codiemb.report.over_steps import chart, cut_of, of_a_point, series
 from codiemb.report.run_folder import Run
 from codiemb.report.scores import colour
-from codiemb.report.strips import Row, level, shares, strip
 
 COLUMNS = 240  # of the schedule
 PHASES = ("data", "forward", "loss", "backward", "optimizer", "communication")

@@ -152,3 +152,8 @@ class PairLosses(Section):
         if not any(getattr(self, name) for name in PAIR_LOSSES):
             raise ValueError("all weights are 0, so nothing would be trained; set at least one above 0")
         return self
+
+
+def same_score(one: float, other: float) -> bool:
+    """Whether two values of a metric are the same but for rounding: mteb keeps five places, the tables show four."""
+    return abs(one - other) <= 1e-4

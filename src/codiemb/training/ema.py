@@ -44,24 +44,10 @@ class Ema(TrainerCallback):
         save_file(self.means, folder / FILE, {"decay": str(self.decay)})
 
     def load(self, folder: Path) -> None:
-        """From a checkpoint.
-
-        Raises:
-            ConfigError: it was written without a mean, or with one of another decay.
-        """
-        decay = None
-        if (folder / FILE).exists():
-            with safe_open(folder / FILE, framework="pt") as file:
-                decay = file.metadata()["decay"]
-                for name, mean in self.means.items():
-                    mean.copy_(file.get_tensor(name))
-        if decay != str(self.decay):
-            raise ConfigError(
-                f"--resume, fusion.ema_decay {self.decay}",
-                got=f"a run that was started with {decay}" if decay else "a run that was started without ema",
-                expected="one mean over all steps",
-                fix="leave ema as it was, or start a new run",
-            )
+        """From a checkpoint, of which `require_same_mean` was asked."""
+        with safe_open(folder / FILE, framework="pt") as file:
+            for name, mean in self.means.items():
+                mean.copy_(file.get_tensor(name))
 
     @torch.no_grad()
     def put_into(self, model: nn.Module) -> None:
@@ -69,3 +55,22 @@ class Ema(TrainerCallback):
         parameters = dict(model.named_parameters())
         for name, mean in self.means.items():
             parameters[name].copy_(mean)
+
+
+def require_same_mean(folder: Path, decay: float) -> None:
+    """Refuses a checkpoint from which a mean with this decay cannot go on.
+
+    Raises:
+        ConfigError: it was written without a mean, or with one of another decay.
+    """
+    found = None
+    if (folder / FILE).exists():
+        with safe_open(folder / FILE, framework="pt") as file:
+            found = file.metadata()["decay"]
+    if found != str(decay):
+        raise ConfigError(
+            f"--resume, fusion.ema_decay {decay}",
+            got=f"a run that was started with {found}" if found else "a run that was started without ema",
+            expected="one mean over all steps",
+            fix="leave ema as it was, or start a new run",
+        )

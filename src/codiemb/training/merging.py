@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,10 +21,11 @@ from codiemb.distributed import barrier, on_first
 from codiemb.encoder.adapters import merge_adapters
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import open_model, save_encoder
+from codiemb.errors import CheckpointError
 from codiemb.evaluation.suite import Results, average, evaluate_suite
 from codiemb.files import publish, write_whole
-from codiemb.fusion.fuse import card, fuse
-from codiemb.training.checkpoint import WRITING, checkpoints
+from codiemb.fusion.fuse import card, fuse, hashes_of
+from codiemb.training.checkpoint import WRITING, checkpoints, verify
 from codiemb.training.ema import Ema
 from codiemb.training.sharding import loading_whole
 from codiemb.versions import versions
@@ -64,6 +66,9 @@ def merge_run(
             logger.info(f"evaluation of the merge {method}")
         results[method] = evaluate_suite(merged, suite, run / "eval" / method)
         scores[method] = _means(merged, dev)
+        told = {"scores": average(results[method], suite)} if suite else {}
+        told |= {"dev_scores": scores[method]} if dev else {}
+        on_first(partial(_add_to_facts, run / "fused" / method / "fusion.json", told))
     if dev and made:
         on_first(lambda: _choose(run, settings, scores))
     return results
@@ -82,14 +87,14 @@ def averaged_encoder(encoder: SentenceTransformer, ema: Ema | None) -> SentenceT
 def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | None) -> list[str]:
     """Writes every merge that is asked for; returns which."""
     run, base = Path(config.output_dir), folder_of(config.model.base)
-    newest_first = checkpoints(run)
+    newest_first = _whole(checkpoints(run)) if {*settings.methods} - {"ema"} else []
     chosen = newest_first if settings.checkpoints == "all" else newest_first[: settings.checkpoints]
     made: list[str] = []
     for method in settings.methods:
         out = run / "fused" / method
         if method == "ema":
             assert averaged is not None
-            _write_average(averaged, out, settings.ema_decay, config)
+            _write_average(averaged, out, settings.ema_decay, run, base)
             made.append(method)
         elif len(chosen) < 2:
             logger.info(f"method {method}: nothing to fuse, {run} has {len(chosen)} checkpoint(s)")
@@ -102,14 +107,26 @@ def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | No
     return made
 
 
-def _write_average(averaged: SentenceTransformer, out: Path, decay: float, config: Config) -> None:
-    written = Path(config.output_dir) / WRITING / "ema"
+def _whole(found: Sequence[Path]) -> list[Path]:
+    """The checkpoints that are as they were written; a run may have passed over one that is not."""
+    whole = []
+    for folder in found:
+        try:
+            whole.append(verify(folder).path)
+        except CheckpointError as error:
+            logger.warning(f"not merged: {error}")
+    return whole
+
+
+def _write_average(averaged: SentenceTransformer, out: Path, decay: float, run: Path, base: Path) -> None:
+    written = run / WRITING / "ema"
     save_encoder(averaged, written)
     facts: dict[str, Any] = {
         "method": "ema",
         "decay": decay,
-        "base": {"path": config.model.base},
-        "parents": [{"path": config.output_dir}],
+        "weights": "of each step, falling by the decay with every later one",
+        "base": {"path": str(base), "sha256": hashes_of(base)},
+        "parents": [{"path": str(run / "model"), "sha256": hashes_of(run / "model")}],
         "versions": versions(),
     }
     write_whole(written / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -117,6 +134,11 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, confi
     out.parent.mkdir(parents=True, exist_ok=True)
     publish(written, out)
     logger.info(f"mean of the weights of all steps in {out}")
+
+
+def _add_to_facts(file: Path, told: dict[str, Any]) -> None:
+    facts = json.loads(file.read_text(encoding="utf-8")) | told
+    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _means(encoder: SentenceTransformer, dev: Sequence[Source]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from codiemb.evaluation.comparison import compare, write_comparison
 from codiemb.evaluation.metrics import HEADLINE
 from codiemb.evaluation.suite import Results, average
 from codiemb.report.page import write_report
+from codiemb.tasks.task import same_score
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def results_table(result: TrainResult) -> str:
 
 def _tested(row: dict[str, Any] | None, before: float, after: float) -> list[str]:
     """Interval and verdict; empty where other scores were compared, as the mean of fewer data sets."""
-    if row is None or abs(row["reference"] - before) >= 1e-6 or abs(row["model"] - after) >= 1e-6:
+    if row is None or not same_score(row["reference"], before) or not same_score(row["model"], after):
         return ["", ""]
     low, high = row["interval"]
     return [f"{100 * low:+.2f} to {100 * high:+.2f}", row["verdict"]]

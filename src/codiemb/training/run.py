@@ -30,16 +30,18 @@ from codiemb.encoder.adapters import merge_adapters, without_head
 from codiemb.encoder.allocator import keep_memory
 from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
-from codiemb.errors import CheckpointError, ConfigError, DataError
+from codiemb.errors import ConfigError, DataError
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
-from codiemb.files import held, nearest_folder, publish, require_folder, told_of_full_disk, write_whole
+from codiemb.files import publish, told_of_full_disk
 from codiemb.fusion.fuse import require_base
 from codiemb.report.facts import Comparison
 from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
+from codiemb.training import run_folder
 from codiemb.training.card import write_card
-from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
-from codiemb.training.facts import changed, facts_of, require_same_run
+from codiemb.training.checkpoint import WRITING, clean
+from codiemb.training.ema import require_same_mean
+from codiemb.training.facts import facts_of, require_same_run
 from codiemb.training.merging import averaged_encoder, merge_run
 from codiemb.training.results import TrainResult, compare_run, report_run
 from codiemb.training.sharding import loading_whole, require_devices
@@ -48,25 +50,6 @@ from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
-
-RUN_FILES = (
-    "config.yaml",
-    "plan.json",
-    "metrics.jsonl",
-    "conflict.jsonl",
-    "model",
-    "fused",
-    "eval",
-    "comparison.json",
-    "geometry.json",
-    "geometry.svg",
-    "geometry",
-    "pareto.json",
-    "pareto.svg",
-    "trials.jsonl",
-    "report.html",
-    "environment.json",  # the last to go: where it is, an earlier run was
-)
 
 
 @dataclass(frozen=True)
@@ -130,15 +113,20 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     run = Path(config.output_dir)
     start(config.train.ddp_timeout)
     with StopOnSignal(run) as stop, contextlib.ExitStack() as stack, told_of_full_disk(run):
-        seen = on_first(lambda: _content(run))
-        checkpoint, passed_over = on_first(lambda: _look_at_run_folder(config, resume, overwrite))
+        seen = on_first(lambda: run_folder.content(run))
+        checkpoint, passed_over = on_first(lambda: run_folder.find_checkpoint(run, resume, overwrite))
         require_devices(config)
         prepared = prepare(config)
         encoder, suite = prepared.encoder, prepared.suite
         facts = facts_of(config, prepared.records, encoder)
         if checkpoint is not None:
             require_same_run(checkpoint, facts, str(run / "config.yaml"))
-        _require_disk(run, encoder, config)
+            if config.fusion and "ema" in config.fusion.methods:
+                require_same_mean(checkpoint.path, config.fusion.ema_decay)
+        needed = model_bytes(encoder)
+        if config.train.save_strategy != "no":
+            needed += checkpoint_bytes(encoder, averaged=config.fusion is not None and "ema" in config.fusion.methods)
+        run_folder.require_disk(run, needed)
         agree({**facts, **{f"version of {name}": found for name, found in versions().items()}}, "before the first step")
         trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop])
         if config.evaluation.every_steps and suite:
@@ -146,9 +134,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
         logger.info(prepared.report.text())
         logger.info(_settings_text(prepared, trainer))
-        on_first(lambda: _hold(run, stack, seen))
+        on_first(lambda: run_folder.hold(run, stack, seen))
         if rank() == 0:
-            _start_run_folder(run, overwrite, checkpoint is None, prepared, trainer)
+            run_folder.begin(run, overwrite, checkpoint is None, _files(prepared, trainer))
         barrier()
 
         with without_head(encoder, config.model):
@@ -156,7 +144,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         if checkpoint is not None:
             stop.newest = checkpoint.path
         if resume:
-            logger.info("\n".join([*passed_over, _resuming_text(run, checkpoint, trainer.environment)]))
+            logger.info("\n".join([*passed_over, run_folder.resuming_text(run, checkpoint, trainer.environment)]))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
@@ -167,10 +155,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             raise RuntimeError(
                 f"trained {trainer.state.global_step} of {trainer.state.max_steps} steps, and no more came"
             )
-        return _finish(config, trainer, prepared, base)
+        return _finish(config, trainer, prepared, base, stop)
 
 
-def _finish(config: Config, trainer: JointTrainer, prepared: Prepared, base: Results) -> TrainResult:
+def _finish(
+    config: Config, trainer: JointTrainer, prepared: Prepared, base: Results, stop: StopOnSignal
+) -> TrainResult:
     """The trained model, its scores, merges of checkpoints, and what is told of all that."""
     run, suite = Path(config.output_dir), prepared.suite
     encoder = _trained_encoder(trainer, run / WRITING)
@@ -184,6 +174,7 @@ def _finish(config: Config, trainer: JointTrainer, prepared: Prepared, base: Res
         _write_card(run / WRITING / "model", config, prepared, base, trained, comparison)
         publish(run / WRITING / "model", run / "model")
     barrier()
+    stop.model = run / "model"
     fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
     if fused and suite:
         comparison = on_first(lambda: compare_run(run, ["base", "model", *fused]))
@@ -235,86 +226,13 @@ def _require_fitting(config: Config, encoder: SentenceTransformer) -> None:
         )
 
 
-def _look_at_run_folder(config: Config, resume: bool, overwrite: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to resume from, or None; and what is wrong with those that are passed over."""
-    run = Path(config.output_dir)
-    require_folder("output_dir", run)
-    if overwrite and resume:
-        raise ConfigError(
-            "--resume --overwrite", got="both", expected="one of them, because the second removes the run"
-        )
-    if overwrite:
-        return None, []
-    if (run / "model").exists():
-        raise ConfigError(
-            f"output_dir {run}",
-            got="a finished run",
-            expected="a new folder",
-            fix="change output_dir or add --overwrite",
-        )
-    if resume:
-        if not checkpoints(run) and not (run / "config.yaml").exists():
-            raise CheckpointError(
-                f"--resume {run}", got="no complete checkpoint", expected="one", fix="start without --resume"
-            )
-        return newest_whole(run)
-    if unfinished := checkpoints(run):
-        raise ConfigError(
-            f"output_dir {run}",
-            got=f"an unfinished run ({unfinished[0].name})",
-            expected="a new folder",
-            fix="add --resume to go on or --overwrite to start again",
-        )
-    return None, []
-
-
-def _content(run: Path) -> list[Path]:
-    return [path for path in (run / "model", *checkpoints(run)) if path.exists()]
-
-
-def _hold(run: Path, stack: contextlib.ExitStack, seen: list[Path]) -> None:
-    """Keeps other processes out of the run folder until `stack` is left.
-
-    Raises:
-        ConfigError: another process is in it, or was there since the folder was looked at.
-    """
-    stack.enter_context(held(run, run / WRITING))
-    if _content(run) != seen:
-        raise ConfigError(
-            f"output_dir {run}",
-            got="a checkpoint or model that another run has written since this one began",
-            expected="one run to a folder",
-            fix="start again",
-        )
-
-
-def _resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[str, Any]) -> str:
-    if checkpoint is None:
-        return f"nothing to resume from: {run} was stopped before its first checkpoint; starting from the beginning"
-    text = f"resuming from {checkpoint.path}"
-    if checkpoint.world_size != world_size():
-        text += f", written by {checkpoint.world_size} process(es): the same plan goes on on {world_size()}"
-    if differences := changed(checkpoint.environment, environment):
-        text += "; roundings may differ, by " + ", ".join(differences)
-    return text
-
-
-def _start_run_folder(run: Path, overwrite: bool, from_start: bool, prepared: Prepared, trainer: JointTrainer) -> None:
-    """Writes what the run is. One that starts from the first step keeps no file of an earlier run; what lies in a
-    folder where no run was is left alone."""
-    if overwrite or (from_start and (run / "environment.json").exists()):
-        for path in (run / name for name in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-    if overwrite:
-        for checkpoint in run.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-    clean(run)
-    run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / "config.yaml", dump_config(prepared.config))
-    write_whole(run / "plan.json", json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n")
-    write_whole(
-        run / "environment.json", json.dumps({**trainer.environment, "seed": prepared.config.seed}, indent=2) + "\n"
-    )
+def _files(prepared: Prepared, trainer: JointTrainer) -> dict[str, str]:
+    """What tells what a run is."""
+    return {
+        "config.yaml": dump_config(prepared.config),
+        "plan.json": json.dumps(prepared.report.content, indent=2, ensure_ascii=False) + "\n",
+        "environment.json": json.dumps({**trainer.environment, "seed": prepared.config.seed}, indent=2) + "\n",
+    }
 
 
 def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
@@ -350,16 +268,3 @@ class _EvaluateDuring(TrainerCallback):
             with self.stop.at_once():
                 _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
             self.trainer.step_log.restart_clock()
-
-
-def _require_disk(run: Path, encoder: SentenceTransformer, config: Config) -> None:
-    """Refuses a run whose checkpoints cannot be written."""
-    free = shutil.disk_usage(nearest_folder(run)).free
-    needed = model_bytes(encoder) + (0 if config.train.save_strategy == "no" else checkpoint_bytes(encoder))
-    if free < needed:
-        raise CheckpointError(
-            f"output_dir {run}",
-            got=f"{free / 1e9:.2f} GB of free disk",
-            expected=f"at least {needed / 1e9:.2f} GB for a checkpoint and the model",
-            fix="free some disk or choose another output_dir",
-        )

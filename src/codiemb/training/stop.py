@@ -35,6 +35,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self, run: Path) -> None:
         self.run = run
         self.newest: Path | None = None  # whole checkpoint
+        self.model: Path | None = None  # once it is trained and written
         self.training = False
         self.asked = self.agreed = 0
         self.before: dict[int, Any] = {}
@@ -75,6 +76,10 @@ class StopOnSignal(TrainerCallback):
             self.training = True
 
     def _how_to_go_on(self) -> str:
+        if self.model is not None:
+            return (
+                f"the model is whole, {self.model}; codiemb fuse merges checkpoints, codiemb report writes the report"
+            )
         if self.newest is None:
             return "no checkpoint was written"
         return f"the newest checkpoint is {self.newest}; go on with --resume"

@@ -242,10 +242,11 @@ def _require_every_rank(written: Path, run: Path) -> None:
         )
 
 
-def checkpoint_bytes(encoder: SentenceTransformer) -> int:
-    """Disk a resumable checkpoint takes: the weights (adapters: they alone), and two moments of each trained one."""
+def checkpoint_bytes(encoder: SentenceTransformer, averaged: bool = False) -> int:
+    """Disk a resumable checkpoint takes: the weights (adapters: they alone), and two moments of each trained one; with
+    their mean if it is kept."""
     trained = model_bytes(encoder, trained_only=True)
-    return 2 * trained + (trained if has_adapters(encoder) else model_bytes(encoder))
+    return (3 if averaged else 2) * trained + (trained if has_adapters(encoder) else model_bytes(encoder))
 
 
 def model_bytes(encoder: SentenceTransformer, trained_only: bool = False) -> int:

@@ -6,14 +6,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from codiemb.report.axes import Axis, axis, label, ticks
-from codiemb.report.bins import band, stretches
-from codiemb.report.facts import Step
-from codiemb.report.figures import BOTTOM, LEFT, RIGHT, TOP, Line, histogram, line_chart
-from codiemb.report.over_steps import cut_of, series
-from codiemb.report.scatter import Point, scatter
-from codiemb.report.strips import level, shares, whisker
-from tests.report import runs
+from codiemb.figures.axes import Axis, axis, label, ticks
+from codiemb.figures.bins import band, stretches
+from codiemb.figures.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Line, bars, histogram, line_chart, line_plot
+from codiemb.figures.picture import picture
+from codiemb.figures.scatter import Point, scatter
+from codiemb.figures.strips import level, shares, whisker
 
 
 def tree_of(markup):
@@ -173,13 +171,6 @@ def test_a_stretch_is_its_median_and_its_quantiles():
     assert (found.median, found.low, found.high) == ({0: 5, 1: 7}, {0: 1, 1: 7}, {0: 9, 1: 7})
 
 
-def test_a_line_of_few_steps_is_the_steps():
-    steps = [Step.model_validate(runs.step_line(n)) for n in (1, 2, 3)]
-    line = series("loss", steps, lambda step: step.loss, cut_of(steps))
-    assert line.points == [(1, 3), (2, 1.5), (3, 1)]
-    assert not line.spread
-
-
 def test_names_are_not_only_told_by_colour():
     """Two lines differ in their dashes too."""
     tree = tree_of(line_chart("t", [Line("a", [(0, 1), (1, 2)], 0), Line("b", [(0, 2), (1, 1)], 1)], "x", "y"))
@@ -205,9 +196,34 @@ def test_names_of_points_do_not_cover_each_other():
         assert one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
 
 
-def test_a_part_of_a_step_is_looked_up_by_name():
-    """Of parts that hold a number; a dict of all parts for each part of each step took most of the page's time."""
-    step = Step.model_validate(runs.step_line(1, **{"loss/text": "high", "loss/none": None, "loss/zero": 0}))
-    assert step.parts("loss") == ["info_nce", "text", "none", "zero"]
-    assert [step.part("loss", name) for name in (*step.parts("loss"), "absent")] == [3.0, None, None, 0, None]
-    assert step.part("seconds", "forward") == 0.3
+def test_bars_reach_their_values():
+    """Of -0.5, 0.25 and 1: on one scale, from the same 0, to the left of it what is below."""
+    tree = tree_of(bars([("a", -0.5), ("b", 0.25), ("c", 1.0)], "cosine"))
+    zero = float(next(line for line in tree.iter("line") if line.get("class") == "zero").get("x1"))
+    drawn = [(float(bar.get("x")), float(bar.get("width")), bar.get("class")) for bar in tree.iter("rect")]
+    unit = drawn[2][1]
+    assert drawn[0] == (pytest.approx(zero - unit / 2, abs=0.2), pytest.approx(unit / 2, abs=0.1), "fill against")
+    assert drawn[1] == (pytest.approx(zero, abs=0.1), pytest.approx(unit / 4, abs=0.1), "fill with")
+    assert [text.text for text in tree.iter("text")] == ["a", "−0.5", "b", "0.25", "c", "1", "cosine"]
+
+
+def test_the_end_of_a_line_is_a_ring_at_its_value():
+    tree = tree_of(line_plot("t", [Line("a", [(0, 1.0), (1, 2.0)], 2, end=3.0)], "layer", "value"))
+    (ring,) = (circle for circle in tree.iter("circle") if circle.get("class") == "line c2")
+    assert scale_of(tree, "end")(float(ring.get("cy"))) == pytest.approx(3, abs=0.03)
+
+
+def test_a_picture_stands_alone():
+    """A viewer that knows no CSS names shows it too, nothing is asked for, and a hostile name is text."""
+    plots = [(f"plot {n}", line_plot("t", [Line("a", [(0, 1.0), (1, 2.0)])], "x", "y")) for n in range(5)]
+    drawn = picture(plots, ["<script>alert(1)</script>"], columns=2)
+    tree = ElementTree.fromstring(drawn)
+    assert (tree.tag, "var(" in drawn, "<script" in drawn) == ("{http://www.w3.org/2000/svg}svg", False, False)
+    style = tree.find("{*}style").text
+    assert ".c0 { color: #0072b2; }" in style
+    assert "url(" not in style
+    inner = [tuple(map(float, re.findall(r"[\d.]+", g.get("transform")))) for g in tree if g.tag.endswith("}g")][1:]
+    assert len({x for x, _ in inner}) == 2
+    assert len({y for _, y in inner}) == 3
+    wide, high = float(tree.get("width")), float(tree.get("height"))
+    assert all(x + WIDTH <= wide and y + HEIGHT <= high for x, y in inner)

@@ -1,7 +1,7 @@
-"""Figures as inline SVG: lines and histograms. Each has its data as a table behind a fold.
+"""Lines, bars and histograms as SVG; on a page each has its data as a table behind a fold.
 
-Colours, widths and fonts are classes of `page.css`, so that one figure serves the light page, the dark one and paper. A
-series is told by its dashes as well as by its colour.
+Colours, widths and fonts are classes of `figures.css`, so that one figure serves the light page, the dark one and
+paper. A series is told by its dashes as well as by its colour.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from codiemb.report.axes import Axis, axis, label, steps_axis
-from codiemb.report.markup import Markup, Number, element, escape, fold, number, table
+from codiemb.figures.axes import Axis, axis, label, steps_axis
+from codiemb.figures.markup import Markup, Number, element, escape, fold, number, table
 
 WIDTH, HEIGHT = 420, 236
 LEFT, RIGHT, TOP, BOTTOM = 44, 408, 26, 196
-COLOURS = 7  # in page.css
+COLOURS = 7  # in figures.css
 BANDS = 2  # of more lines the bands hide each other; their table has them
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series of (x, y), with a band of (x, low, high) if there is a spread."""
+    """A series of (x, y), with a band of (x, low, high) if there is a spread, and a ring at the right for an `end`."""
 
     name: str
     points: list[tuple[float, float]]
     colour: int = 0
     band: list[tuple[float, float, float]] = field(default_factory=list)
+    end: float | None = None
 
     @property
     def spread(self) -> bool:
@@ -59,19 +60,32 @@ def legend(names: Sequence[tuple[str, int]], dots: bool = False) -> Markup:
     return element("ul", *items, class_="legend")
 
 
-def line_chart(
+def line_chart(title: Any, lines: Sequence[Line], x_label: str, y_label: str, **how: Any) -> Markup | None:
+    """Lines over a common x with a legend and their data; None if there is nothing to draw. `how`: see `line_plot`."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    return figure(
+        title,
+        "",
+        legend([(line.name, line.colour) for line in lines]) if len(lines) > 1 else None,
+        line_plot(title, lines, x_label, y_label, **how),
+        data=_data(lines, x_label, how.get("x_name", label), str(title)),
+    )
+
+
+def line_plot(
     title: Any,
     lines: Sequence[Line],
     x_label: str,
     y_label: str,
     *,
-    about: Any = "",
     zero: bool = False,
     log: bool = False,
     steps: bool = False,
     x_name: Callable[[float], str] = label,
-) -> Markup | None:
-    """Lines over a common x; None if there is nothing to draw.
+) -> Markup:
+    """Lines over a common x. Each has at least one point.
 
     Args:
         zero: the y axis holds 0.
@@ -79,12 +93,9 @@ def line_chart(
         steps: the x axis ends with the values rather than at round ones.
         x_name: names an x in tooltips and in the table.
     """
-    lines = [line for line in lines if line.points]
-    if not lines:
-        return None
-    places = sorted({x for line in lines for x, _ in line.points})
-    ys = [y for line in lines for _, y in line.points]
+    places = _places(lines)
     bands = [line for line in lines if line.spread] if len(lines) <= BANDS else []
+    ys = [y for line in lines for _, y in line.points] + [line.end for line in lines if line.end is not None]
     ys += [y for line in bands for _, low, high in line.band for y in (low, high)]
     across = steps_axis(int(places[0]), math.ceil(places[-1]), LEFT, RIGHT) if steps else axis(places, LEFT, RIGHT)
     up = axis(ys, BOTTOM, TOP, zero=zero, log=log)
@@ -95,14 +106,29 @@ def line_chart(
         drawn.append(element("polyline", points=path, class_=f"line {style} d{place % COLOURS}"))
         if len(at) <= 20:
             drawn += [element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_=f"fill {style}") for x, y in at]
+        if line.end is not None:
+            drawn.append(element("circle", cx=RIGHT + 7, cy=f"{up.at(line.end):.1f}", r=4, class_=f"line {style}"))
     drawn.append(_hover(lines, places, across, x_name))
-    return figure(
-        title,
-        about,
-        legend([(line.name, line.colour) for line in lines]) if len(lines) > 1 else None,
-        plot(title, across, up, x_label, y_label, *drawn),
-        data=_data(lines, places, x_label, x_name, str(title)),
-    )
+    return plot(title, across, up, x_label, y_label, *drawn)
+
+
+def bars(rows: Sequence[tuple[str, float]], x_label: str) -> Markup:
+    """A bar for each name, from 0 to its value; those below 0 have the colour of what is against. 24 high each."""
+    left, below, step = 130, 24 * len(rows) + 8, 24
+    across = axis([value for _, value in rows], left, RIGHT - 50, zero=True)
+    drawn = [element("line", x1=f"{across.at(0):.1f}", x2=f"{across.at(0):.1f}", y1=2, y2=below, class_="zero")]
+    for place, (name, value) in enumerate(rows):
+        start, width = across.at(min(value, 0)), abs(across.at(value) - across.at(0))
+        kind = "against" if value < 0 else "with"
+        drawn += [
+            element("text", name, x=left - 8, y=step * place + 18, text_anchor="end", class_="named"),
+            element(
+                "rect", x=f"{start:.1f}", y=step * place + 6, width=f"{width:.1f}", height=16, class_=f"fill {kind}"
+            ),
+            element("text", number(value, 3), x=RIGHT, y=step * place + 18, text_anchor="end"),
+        ]
+    drawn.append(element("text", x_label, x=RIGHT, y=below + 16, text_anchor="end", class_="unit"))
+    return _frame(x_label, WIDTH, below + 22, *drawn)
 
 
 def histogram(
@@ -173,7 +199,18 @@ def plot(title: Any, across: Axis, up: Axis, x_label: str, y_label: str, *drawn:
     if y_label != title:
         frame.append(element("text", y_label, x=0, y=11, class_="unit"))
     frame.append(element("text", x_label, x=RIGHT, y=HEIGHT - 4, text_anchor="end", class_="unit"))
-    return element("svg", *frame, *drawn, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=name, class_="plot")
+    return _frame(name, WIDTH, HEIGHT, *frame, *drawn)
+
+
+def _frame(name: str, width: int, height: int, *drawn: Any) -> Markup:
+    return element(
+        "svg", *drawn, width=width, height=height, viewBox=f"0 0 {width} {height}", role="img", aria_label=name,
+        class_="plot",
+    )  # fmt: skip
+
+
+def _places(lines: Sequence[Line]) -> list[float]:
+    return sorted({x for line in lines for x, _ in line.points})
 
 
 def _band(line: Line, across: Axis, up: Axis) -> Markup:
@@ -198,9 +235,7 @@ def _hover(lines: Sequence[Line], places: Sequence[float], across: Axis, x_name:
     return element("g", *stripes, class_="hover")
 
 
-def _data(
-    lines: Sequence[Line], places: Sequence[float], x_label: str, x_name: Callable[[float], str], title: str
-) -> Markup:
+def _data(lines: Sequence[Line], x_label: str, x_name: Callable[[float], str], title: str) -> Markup:
     header, columns = [x_label], []
     for line in lines:
         header.append(line.name)
@@ -209,6 +244,7 @@ def _data(
             header += [f"{line.name}, 10 %", "90 %"]
             columns += [{x: low for x, low, _ in line.band}, {x: high for x, _, high in line.band}]
     rows = [
-        [Number(escape(x_name(x))), *(number(column[x]) if x in column else None for column in columns)] for x in places
+        [Number(escape(x_name(x))), *(number(column[x]) if x in column else None for column in columns)]
+        for x in _places(lines)
     ]
     return table(header, rows, f"Data of {title}", first_is_head=False)

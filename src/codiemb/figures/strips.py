@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from codiemb.report.axes import Axis
-from codiemb.report.bins import Stretches
-from codiemb.report.figures import COLOURS, legend
-from codiemb.report.markup import Markup, element, interval, join, signed
+from codiemb.figures.axes import Axis
+from codiemb.figures.bins import Stretches
+from codiemb.figures.charts import COLOURS, legend
+from codiemb.figures.markup import Markup, element, interval, join, signed
 
 LEVELS = 5
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from codiemb.report.axes import axis
-from codiemb.report.figures import BOTTOM, LEFT, RIGHT, TOP, WIDTH, figure, plot
-from codiemb.report.markup import Markup, element, number, table
+from codiemb.figures.axes import axis
+from codiemb.figures.charts import BOTTOM, LEFT, RIGHT, TOP, WIDTH, figure, plot
+from codiemb.figures.markup import Markup, element, number, table
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of a scatter. `kind` is a class of page.css; `named` points bear their name in the figure."""
+    """A mark of a scatter. `kind` is a class of figures.css; `named` points bear their name in the figure."""
 
     name: str
     x: float
@@ -25,7 +25,16 @@ class Point:
 def scatter(
     title: Any, dots: Sequence[Point], x_label: str, y_label: str, *, about: Any = "", front: Sequence[int] = ()
 ) -> Markup:
-    """Points, and a line through those of `front`."""
+    """Points with their data. `front`: see `scatter_plot`."""
+    rows = [[dot.name, number(dot.x), number(dot.y)] for dot in dots]
+    return figure(
+        title, about, scatter_plot(title, dots, x_label, y_label, front),
+        data=table(["model", x_label, y_label], rows, f"Data of {title}"),
+    )  # fmt: skip
+
+
+def scatter_plot(title: Any, dots: Sequence[Point], x_label: str, y_label: str, front: Sequence[int] = ()) -> Markup:
+    """Points, and a line through those at the places `front`."""
     across, up = axis([dot.x for dot in dots], LEFT, RIGHT), axis([dot.y for dot in dots], BOTTOM, TOP)
     drawn = []
     if front:
@@ -38,11 +47,7 @@ def scatter(
         drawn.append(element("circle", told, cx=f"{x:.1f}", cy=f"{y:.1f}", r=5, class_=f"dot {dot.kind}"))
         if dot.named:
             drawn.append(_name(dot.name, x, y, taken))
-    rows = [[dot.name, number(dot.x), number(dot.y)] for dot in dots]
-    return figure(
-        title, about, plot(title, across, up, x_label, y_label, *drawn),
-        data=table(["model", x_label, y_label], rows, f"Data of {title}"),
-    )  # fmt: skip
+    return plot(title, across, up, x_label, y_label, *drawn)
 
 
 def _name(text: str, x: float, y: float, taken: list[tuple[float, float, float, float]]) -> Markup:
