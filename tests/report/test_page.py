@@ -154,6 +154,15 @@ def test_a_comparison_of_other_scores_is_refused(whole, tmp_path):
         write_report(run)
 
 
+def test_a_score_that_was_rounded_is_the_same(whole, tmp_path):
+    """mteb keeps five places of a score, and the items, which are compared, all of them."""
+    run = shutil.copytree(whole, tmp_path / "joint")
+    marked = write_report(run).read_text().count('class="verdict better"')
+    path = run / "eval" / "model" / "sts.json"
+    path.write_text(path.read_text().replace(str(runs.AFTER["sts"]), str(runs.AFTER["sts"] + 5e-6)))
+    assert write_report(run).read_text().count('class="verdict better"') == marked > 2
+
+
 def test_what_was_scored_once_only_is_told(whole, tmp_path):
     """A data set that is missing on one side must not leave the table unnoticed."""
     run = shutil.copytree(whole, tmp_path / "joint")
