@@ -16,15 +16,13 @@ def figure(content: dict[str, Any]) -> str:
         for name in models[0]["layers"][0]
         if name != "layer"
     }
-    plots["cka"] = [_line(place, model, "cka", model["pooled"]) for place, model in enumerate(likeness, 1)]
-    return picture(
-        [
-            (name.replace("_", " "), line_plot(name, drawn, "layer", ""))
-            for name, lines in plots.items()
-            if (drawn := [line for line in lines if line.points])
-        ],
-        [model["model"] for model in models],
-    )
+    plots["cka"] = [Line("", []), *(_line(place, one, "cka", one["pooled"]) for place, one in enumerate(likeness, 1))]
+    drawn = [
+        (name.replace("_", " "), line_plot(name, lines, "layer", ""))
+        for name, lines in plots.items()
+        if any(line.points for line in lines)
+    ]
+    return picture(drawn, [model["model"] for model in models])
 
 
 def _line(place: int, model: dict[str, Any], measure: str, end: float | None) -> Line:

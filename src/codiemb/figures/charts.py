@@ -85,7 +85,7 @@ def line_plot(
     steps: bool = False,
     x_name: Callable[[float], str] = label,
 ) -> Markup:
-    """Lines over a common x. Each has at least one point.
+    """Lines over a common x. Dashes go by the place of a line, also where one before it has no points.
 
     Args:
         zero: the y axis holds 0.
@@ -101,6 +101,8 @@ def line_plot(
     up = axis(ys, BOTTOM, TOP, zero=zero, log=log)
     drawn = [_band(line, across, up) for line in bands]
     for place, line in enumerate(lines):
+        if not line.points:
+            continue
         style, at = f"c{line.colour % COLOURS}", [(across.at(x), up.at(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
         drawn.append(element("polyline", points=path, class_=f"line {style} d{place % COLOURS}"))

@@ -85,7 +85,7 @@ def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
     }
     write_whole(out / "moves.json", json.dumps(content, indent=2) + "\n")
     lowest = [(facts["name"], _lowest(facts)) for facts in content["layers"]]
-    title = "Where checkpoints pull apart: lowest cosine between the moves of two, by layer"
+    title = "Lowest cosine between the moves of two checkpoints"
     write_whole(out / "moves.svg", picture([(title, bars(lowest, "cosine"))], height=24 * len(lowest) + 30))
     rows = [
         "| layer | moved (share of the base's length) | cosine, lowest pair | sign conflicts |",
