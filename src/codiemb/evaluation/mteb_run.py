@@ -80,6 +80,7 @@ def run(encoder: Encoder, source: DataSet, data: MtebTask, bf16: bool) -> Scores
     task.load_data()
     model: Any = MtebModel(encoder, source.name, bf16)
     searched = source.task in ("retrieval", "reranking")
+    encoding: Any = {"batch_size": _BATCH, "show_progress_bar": False}
     model = MtebSearch(model) if searched else model
     with tempfile.TemporaryDirectory() as folder:
         result = mteb.evaluate(
@@ -88,7 +89,7 @@ def run(encoder: Encoder, source: DataSet, data: MtebTask, bf16: bool) -> Scores
             cache=None,
             co2_tracker=False,
             show_progress_bar=False,
-            encode_kwargs={"batch_size": _BATCH, "show_progress_bar": False},
+            encode_kwargs=encoding,
             prediction_folder=None if searched else folder,
         )
         by_part = [scores for split in result.task_results[0].scores.values() for scores in split]
