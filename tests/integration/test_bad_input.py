@@ -122,7 +122,7 @@ SETTINGS = {
         ["expected state_dict_type: FULL_STATE_DICT"],
     ),
     "evaluation of shards": (
-        {"train.fsdp": True, "evaluation.every_steps": 2},
+        {"train.fsdp": True, "evaluation": {"every_steps": 2, "suite": "suite.yaml"}},
         ["evaluation.every_steps: got 2 with a sharded model"],
     ),
     "deepspeed on one process, or not installed": ({"train.deepspeed": {"zero_optimization": {}}}, ["deepspeed"]),

@@ -78,7 +78,7 @@ def require_one_way(encoder: Any) -> None:
     Raises:
         EvaluationError: it names the ways.
     """
-    for module in encoder.modules() if isinstance(encoder, SentenceTransformer) else ():
+    for module in encoder.modules() if isinstance(encoder, torch.nn.Module) else ():
         if isinstance(module, Router) and len(module.sub_modules) > 1:
             raise EvaluationError(
                 "model",
