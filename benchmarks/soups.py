@@ -1,13 +1,15 @@
 """What merging gains on real data: every method on the checkpoints of recipes/real.yaml, several seeds.
 
     python benchmarks/soups.py runs/real-data --out runs/soups [--seeds 42 43 44] [--collections nq-sample stackfaq]
+        [--set train.num_train_epochs=2 ...]
 
 runs/real-data is the folder that scripts/prepare_real_data.py made. Each seed trains once, on `--collections` and stsb,
-and leaves some checkpoints. Then, by seed: the last checkpoint, the mean of the weights over all steps (ema), merges of
-the checkpoints, the greedy soup chosen on dev, and for the delta-guided merges a control: the uniform average made as
-long as theirs. Across seeds: merges of the last checkpoints, and of all checkpoints by run. Each model is scored on the
-dev and test splits of what it was trained on, and on collections that nothing was trained on. Finished parts are kept,
-so that the same command goes on where it was cut off. Prints a table in Markdown, then one JSON line.
+with the recipe's settings but those of `--set`, and leaves some checkpoints. Then, by seed: the last checkpoint, the
+mean of the weights over all steps (ema), merges of the checkpoints, the greedy soup chosen on dev, and for the
+delta-guided merges a control: the uniform average made as long as theirs. Across seeds: merges of the last checkpoints,
+and of all checkpoints by run. Each model is scored on the dev and test splits of what it was trained on, and on
+collections that nothing was trained on. Finished parts are kept, so that the same command goes on where it was cut off.
+Prints a table in Markdown, then one JSON line.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--collections", nargs="+", default=["nq-sample", "stackfaq", "cranfield"])
     parser.add_argument("--untrained", nargs="+", default=["pubmedqa", "sts13", "sts15"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="settings of the training")
     parser.add_argument("--train-only", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -85,6 +88,7 @@ class Soups:
         self.scores: dict[str, dict[str, float]] = {}
         self.lengths: dict[str, float] = {}
         self.suite, self.dev = both_splits(arguments.data, arguments.collections, self.out / "data")
+        self.dev_alone = dev_split(arguments.data.resolve(), arguments.collections)
         untrained = load_suite(RECIPES / "real-ood-suite.yaml", arguments.data)
         self.untrained = [source for source in untrained if source.name in arguments.untrained]
 
@@ -94,7 +98,7 @@ class Soups:
             return
         overrides = [f"data_root={self.arguments.data}", f"output_dir={run}", f"seed={seed}", "evaluation.suite=null"]
         overrides += ["train.save_strategy=steps", "train.save_steps=20", "fusion={method: ema, ema_decay: 0.95}"]
-        config = load_config(RECIPES / "real.yaml", overrides)
+        config = load_config(RECIPES / "real.yaml", [*overrides, *self.arguments.set])
         config.data = [source for source in config.data if source.name in (*self.arguments.collections, "stsb")]
         train(config, overwrite=True)
 
@@ -114,12 +118,12 @@ class Soups:
             runs = [self.out / f"seed-{seed}" for seed in self.arguments.seeds]
             last = [run / "model" for run in runs]
             every = [checkpoint for run in runs for checkpoint in sorted(run.glob("checkpoint-*"))]
-            for method in ("uniform", "delta, by tensor", "delta, by element"):
+            for method in ("uniform", "delta, by tensor"):
                 self.score_merge(f"last of all seeds/{method}", last, METHODS[method])
             self.score_merge("all seeds/delta, by tensor, by run", every, {"by_run": True})
 
-    def score_merge(self, name: str, checkpoints: list[Path], settings: dict[str, Any]) -> None:
-        self.score(name, lambda folder: fuse(checkpoints, self.base, folder, **settings).path)
+    def score_merge(self, name: str, checkpoints: list[Path], settings: dict[str, Any], dev_only: bool = False) -> None:
+        self.score(name, lambda folder: fuse(checkpoints, self.base, folder, **settings).path, dev_only)
 
     def score_control(self, name: str, checkpoints: list[Path], other: str, seed: int) -> None:
         """The uniform average with its delta as long as that of another merge."""
@@ -137,11 +141,13 @@ class Soups:
         soup, best = [ranked[0]], self.scores[names[ranked[0]]]["dev mean"]
         for checkpoint in ranked[1:]:
             steps = "+".join(sorted(path.name.partition("-")[2] for path in [*soup, checkpoint]))
-            self.score_merge(f"{seed}/soup of {steps}", [*soup, checkpoint], {"method": "uniform"})
+            self.score_merge(f"{seed}/soup of {steps}", [*soup, checkpoint], {"method": "uniform"}, dev_only=True)
             if self.scores[f"{seed}/soup of {steps}"]["dev mean"] > best:
                 soup, best = [*soup, checkpoint], self.scores[f"{seed}/soup of {steps}"]["dev mean"]
-        steps = "+".join(sorted(path.name.partition("-")[2] for path in soup))
-        self.scores[f"{seed}/greedy"] = self.scores[f"{seed}/soup of {steps}" if len(soup) > 1 else names[soup[0]]]
+        if len(soup) > 1:
+            self.score_merge(f"{seed}/greedy", soup, {"method": "uniform"})
+        else:
+            self.score(f"{seed}/greedy", lambda folder: soup[0])
 
     def score(self, name: str, make: Callable[[Path], Path], dev_only: bool = False) -> None:
         """Makes a model, scores it, and removes it if it was made here."""
@@ -152,8 +158,12 @@ class Soups:
             path = make(folder)
             facts = json.loads((path / "fusion.json").read_text()) if (path / "fusion.json").is_file() else {}
             encoder = open_model(str(path), dtype=torch.float32)
-            scores = self.dev_and_test(encoder)
-            if not dev_only:
+            if dev_only:
+                found = evaluate_suite(encoder, self.dev_alone, None)
+                values = [found[source.name][HEADLINE[source.task]] for source in self.dev_alone]
+                scores = {"dev mean": (mean(values[:-1]) + values[-1]) / 2}
+            else:
+                scores = self.dev_and_test(encoder)
                 found = evaluate_suite(encoder, self.untrained, self.out / "eval")
                 scores |= {source.name: found[source.name][HEADLINE[source.task]] for source in self.untrained}
             kept.parent.mkdir(exist_ok=True)
@@ -210,7 +220,7 @@ class Soups:
         chosen = []
         for seed in seeds:
             candidates = [
-                name for name in self.scores if name.startswith(f"{seed}/") and "pubmedqa" in self.scores[name]
+                name for name in self.scores if name.startswith(f"{seed}/") and "test mean" in self.scores[name]
             ]
             chosen.append(max(candidates, key=lambda name: self.scores[name]["dev mean"]))
         told = [f"{name} (test {100 * self.scores[name]['test mean']:.2f})" for name in chosen]
@@ -220,6 +230,13 @@ class Soups:
 def spread(values: list[float]) -> str:
     points = [100 * value for value in values]
     return f"{mean(points):.2f}" + (f" ± {stdev(points):.2f}" if len(points) > 1 else "")
+
+
+def dev_split(data: Path, collections: list[str]) -> list[Source]:
+    """The data sets to choose on, stsb last."""
+    found = [Source(name=one, task="retrieval", path=str(data / "ir" / one), split="dev") for one in collections]
+    pairs = str(data / "sts" / "stsb" / "dev.jsonl")
+    return [*found, Source(name="stsb", task="similarity", path=pairs, **STSB)]
 
 
 def both_splits(data: Path, collections: list[str], out: Path) -> tuple[list[Source], dict[str, Any]]:
