@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CodiembError, OSError) as error:  # of the system: no right, no room, a name too long
         if parsed.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        print(f"error: {first if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
         name = signal.Signals(stop.signal).name

@@ -91,6 +91,7 @@ def evaluated(model_folder, suite_file, out):
         one_process = engine.encode
         patch.setattr(engine, "encode", counting)
         patch.setattr(retrieval, "RETRIEVED", KEPT)
+        patch.setattr(retrieval, "QUERIES_AT_ONCE", 2)
         patch.setattr(clustering, "DRAWN", 50)
         encoder = SentenceTransformer(str(model_folder), device="cpu").train()
         return evaluate_suite(encoder, load_suite(suite_file), out), encoded

@@ -65,6 +65,14 @@ def test_ids_that_only_some_rows_have(tiny_encoder, tmp_path):
     assert pq.read_table(tmp_path / "out.parquet")["id"].to_pylist() == [None, "7"]
 
 
+def test_an_id_after_a_chunk_without_is_not_dropped(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 2)
+    path = jsonl(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b"}, {"text": "c", "id": 7}])
+    with pytest.raises(DataError, match="the id '7'"):
+        encode_file(tiny_encoder, path, tmp_path / "out.parquet")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl"]
+
+
 def test_columns_are_joined_as_beir_joins_them(tiny_encoder, tmp_path):
     path = jsonl(
         tmp_path / "in.jsonl", [{"title": "a", "text": "b c"}, {"title": "", "text": "d"}, {"title": None, "text": "e"}]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from codiemb.evaluation import retrieval
 from codiemb.evaluation.retrieval import METRICS, score, search
 
 
@@ -87,11 +86,10 @@ def test_nothing_found_scores_zero():
 
 @pytest.mark.parametrize("block", [1, 3, 256])
 @pytest.mark.parametrize("k", [1, 5, 40])
-def test_search_equals_a_full_sort(k, block, monkeypatch):
-    monkeypatch.setattr(retrieval, "MOST_SCORES", block * 40)
+def test_search_equals_a_full_sort(k, block):
     random = torch.Generator().manual_seed(0)
     queries, documents = torch.randn(7, 6, generator=random), torch.randn(40, 6, generator=random)
-    scores, places = search(queries, documents, torch.arange(len(documents)), k)
+    scores, places = search(queries, documents, torch.arange(len(documents)), k, block)
     expected = (queries.numpy()[:, None] * documents.numpy()).sum(axis=2)
     order = np.argsort(-expected, axis=1)[:, :k]
     np.testing.assert_array_equal(places, order)

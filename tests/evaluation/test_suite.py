@@ -96,6 +96,7 @@ def test_rankings_are_held_for_some_queries_at_a_time(tiny_encoder, tmp_path, su
     source = DataSet(name="x", task="retrieval", path=str(tmp_path / "retrieval.jsonl"))
     whole = retrieval.evaluate(tiny_encoder, source, retrieval.load_collection(source))
     monkeypatch.setattr(retrieval, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(retrieval, "MOST_SCORES", 2 * whole.facts["documents"])
     parts = retrieval.evaluate(tiny_encoder, source, retrieval.load_collection(source))
     assert (parts.metrics, parts.n, list(parts.items)) == (whole.metrics, whole.n, list(whole.items))
     for column, values in parts.items.items():

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: its files, its resumption, its schedules, and two processes."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -312,7 +313,8 @@ def test_the_mean_of_the_weights_goes_on_when_a_run_is_resumed(config_file, tmp_
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_checkpoint_that_is_not_as_it_was_written_is_not_merged(config_file, tmp_path, caplog):
+def test_a_checkpoint_that_is_not_as_it_was_written_is_not_merged(config_file, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("codiemb"), "propagate", True)
     train(load_config(config_file))
     run = tmp_path / "run"
     newest, *others = checkpoints(run)

@@ -154,6 +154,10 @@ class ParquetFile:
             with_ids = any(key is not None for key in ids)
             self.schema = pa.schema([pa.field("id", pa.string()), vector] if with_ids else [vector])
             self.writer = pq.ParquetWriter(self.file, self.schema)
+        elif "id" not in self.schema.names and (late := next((key for key in ids if key is not None), None)):
+            raise DataError(
+                "--input", got=f"the id {short(late)}", expected=f"none, as the first {CHUNK} texts have none"
+            )
         column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
         columns = [pa.array(ids, pa.string()), column] if "id" in self.schema.names else [column]
         self.writer.write_batch(pa.record_batch(columns, schema=self.schema))

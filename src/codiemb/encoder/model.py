@@ -79,7 +79,7 @@ def require_one_way(encoder: Any) -> None:
         EvaluationError: it names the ways.
     """
     for module in encoder.modules() if isinstance(encoder, torch.nn.Module) else ():
-        if isinstance(module, Router) and len(module.sub_modules) > 1:
+        if isinstance(module, Router) and {"query", "document"} & {*module.sub_modules}:
             raise EvaluationError(
                 "model",
                 got=f"a Router with ways for {', '.join(module.sub_modules)}",

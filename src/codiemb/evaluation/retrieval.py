@@ -17,7 +17,7 @@ from codiemb.config import Source
 from codiemb.data.beir import MOST_GAIN, Qrels, present, read_corpus, read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.store import load_records
-from codiemb.distributed import joined, most, rank
+from codiemb.distributed import joined, rank
 from codiemb.encoder.engine import encode_on_all_ranks, encode_share
 from codiemb.evaluation.scores import Encoder, Evaluation, Scores, digest, progress, texts_of
 from codiemb.suites.suite import DataSet
@@ -97,9 +97,10 @@ def evaluate(encoder: Encoder, source: DataSet, collection: Collection, bf16: bo
         document_embeddings, shares = encode_share(encoder, texts, bf16=bf16, progress=bar)
     numbers = torch.tensor(shares[rank()], dtype=torch.int64, device=document_embeddings.device)
     items: dict[str, list[Any]] = {}
+    block = max(1, min(256, MOST_SCORES // max(map(len, shares))))
     for start in range(0, len(keys), QUERIES_AT_ONCE):
         part = slice(start, start + QUERIES_AT_ONCE)
-        found, places = search(query_embeddings[part], document_embeddings, numbers, RETRIEVED)
+        found, places = search(query_embeddings[part], document_embeddings, numbers, RETRIEVED, block)
         if rank() > 0:
             continue
         run = {
@@ -156,6 +157,7 @@ def search(
     documents: Float[Tensor, "document dim"],
     numbers: Int[Tensor, " document"],
     k: int,
+    block: int = 256,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` documents of highest dot product for each query: scores and numbers, [query, k], best first.
 
@@ -164,9 +166,9 @@ def search(
 
     Args:
         numbers: the number of each document in the whole corpus.
+        block: queries whose scores are held at once, on all ranks as many.
     """
     scores, found = [], []
-    block = max(1, min(256, MOST_SCORES // max(1, most(len(documents)))))
     for part in queries.split(block):
         own = (part @ documents.T).float().topk(min(k, len(documents)), dim=1)
         all_scores, all_numbers = _side_by_side(own.values), _side_by_side(numbers[own.indices])

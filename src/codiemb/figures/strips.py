@@ -18,7 +18,7 @@ LEVELS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a strip: by place a class of page.css, places without one stay empty."""
+    """A row of a strip: by place a class of figures.css, places without one stay empty."""
 
     name: str
     note: str

@@ -113,6 +113,7 @@ def fuse(
         parameters=parameters,
     )
     require_empty(out)
+    _require_replaceable(out)
     keep_memory()  # else every tile of a merge is taken anew from the system: by element five times slower
     first, linear = folders[0], method not in MERGEKIT
     if linear:  # in an order of their own, so that the order they are named in does not matter
@@ -289,12 +290,16 @@ def require_mergekit() -> None:
 
 
 def require_empty(out: Path) -> None:
-    """Refuses an output that holds files, or that no finished folder can be given the name of."""
+    """Refuses an output folder that holds files."""
     require_folder("--out", out)
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
+
+
+def _require_replaceable(out: Path) -> None:
+    """Refuses an empty folder whose name no finished one can be given."""
     if out.exists():
-        require_folder("--out", out.resolve().parent)
-        if any(out.iterdir()):
-            raise ConfigError(f"--out {out}", got="a folder with files", expected="a new folder", fix="change --out")
+        require_folder("--out", out.parent)
         if out.is_mount():
             raise ConfigError(f"--out {out}", got="a mount point", expected="a new folder", fix="name one in it")
 
@@ -329,12 +334,6 @@ def _by_run(folders: list[Path]) -> list[list[int]]:
     for place, folder in enumerate(folders):
         runs.setdefault(folder.resolve().parent, []).append(place)
     return list(runs.values())
-
-
-def hashes_of(folder: Path) -> dict[str, str]:
-    """SHA-256 by name of the weight files of a model folder."""
-    with contextlib.closing(Weights(folder)) as model:
-        return {str(file.relative_to(folder)): sha256(file) for file in model.files}
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,11 +21,11 @@ from codiemb.config import Config, Fusion, Source
 from codiemb.distributed import barrier, on_first
 from codiemb.encoder.adapters import merge_adapters
 from codiemb.encoder.location import folder_of
-from codiemb.encoder.model import open_model, save_encoder
+from codiemb.encoder.model import WEIGHT_FILES, open_model, save_encoder
 from codiemb.errors import CheckpointError
 from codiemb.evaluation.suite import Results, average, evaluate_suite
-from codiemb.files import publish, write_whole
-from codiemb.fusion.fuse import card, fuse, hashes_of
+from codiemb.files import publish, sha256, write_whole
+from codiemb.fusion.fuse import card, fuse
 from codiemb.training.checkpoint import WRITING, checkpoints, verify
 from codiemb.training.ema import Ema
 from codiemb.training.sharding import loading_whole
@@ -87,8 +88,8 @@ def averaged_encoder(encoder: SentenceTransformer, ema: Ema | None) -> SentenceT
 def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | None) -> list[str]:
     """Writes every merge that is asked for; returns which."""
     run, base = Path(config.output_dir), folder_of(config.model.base)
-    newest_first = _whole(checkpoints(run)) if {*settings.methods} - {"ema"} else []
-    chosen = newest_first if settings.checkpoints == "all" else newest_first[: settings.checkpoints]
+    wanted = None if settings.checkpoints == "all" else settings.checkpoints
+    chosen = list(islice(_whole(checkpoints(run)), wanted)) if {*settings.methods} - {"ema"} else []
     made: list[str] = []
     for method in settings.methods:
         out = run / "fused" / method
@@ -107,15 +108,13 @@ def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | No
     return made
 
 
-def _whole(found: Sequence[Path]) -> list[Path]:
+def _whole(found: Sequence[Path]) -> Iterator[Path]:
     """The checkpoints that are as they were written; a run may have passed over one that is not."""
-    whole = []
     for folder in found:
         try:
-            whole.append(verify(folder).path)
+            yield verify(folder).path
         except CheckpointError as error:
             logger.warning(f"not merged: {error}")
-    return whole
 
 
 def _write_average(averaged: SentenceTransformer, out: Path, decay: float, run: Path, base: Path) -> None:
@@ -125,8 +124,8 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, run: 
         "method": "ema",
         "decay": decay,
         "weights": "of each step, falling by the decay with every later one",
-        "base": {"path": str(base), "sha256": hashes_of(base)},
-        "parents": [{"path": str(run / "model"), "sha256": hashes_of(run / "model")}],
+        "base": {"path": str(base), "sha256": _hashes_of(base)},
+        "parents": [{"path": str(run)}],
         "versions": versions(),
     }
     write_whole(written / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -134,6 +133,12 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, run: 
     out.parent.mkdir(parents=True, exist_ok=True)
     publish(written, out)
     logger.info(f"mean of the weights of all steps in {out}")
+
+
+def _hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of the weight files of a model folder."""
+    files = sorted(file for pattern in WEIGHT_FILES for file in folder.rglob(pattern))
+    return {str(file.relative_to(folder)): sha256(file) for file in files}
 
 
 def _add_to_facts(file: Path, told: dict[str, Any]) -> None:
