@@ -57,6 +57,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
             warmup_steps=0.1,
             optim="adamw_torch_fused",
             bf16=task["dtype"] == "bf16",
+            use_cpu=not torch.cuda.is_available(),  # else bf16 is refused
             batch_sampler=in_order,
             save_strategy="no",
             logging_strategy="no",
