@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from codiemb.encoder import memory
 from codiemb.encoder.engine import embed
@@ -76,12 +77,15 @@ def test_cached_micro_batches_hold_no_activations(tiny_encoder):
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize(("room", "tokens"), [(64e6, 2048), (0.6e6, 128)])
 def test_a_budget_is_what_the_process_may_hold(tiny_encoder, monkeypatch, room, tokens, at_once):
-    """Of a process that holds 1 GB, and four times the trained weights beside, what is left is for activations."""
+    """Of a process that holds 1 GB, and beside it gradients, moments, and gradients before they are added (side by side
+    not those of embeddings), what is left is for activations."""
     monkeypatch.setattr(memory, "memory_held", lambda device: 10**9)
     monkeypatch.setattr(memory, "at_once", lambda encoder: at_once)
     room *= at_once
     trained = [parameter.numel() * 4 for parameter in tiny_encoder.parameters()]
-    held = 1e9 + 3 * sum(trained) + (max(trained) if at_once == 1 else at_once * sum(trained))
+    looked_up = sum(module.weight.numel() * 4 for module in tiny_encoder.modules() if type(module) is nn.Embedding)
+    unadded = max(trained) if at_once == 1 else at_once * (sum(trained) - looked_up)
+    held = 1e9 + 3 * sum(trained) + unadded
     planned = plan_memory(tiny_encoder, (held + room) / 1e9, bf16=False)
     one = planned.footprint.of(tokens // 64, 64)
     assert planned.micro_batch_tokens == tokens
@@ -92,3 +96,15 @@ def test_a_budget_too_small_for_one_text_is_refused(tiny_encoder, monkeypatch):
     monkeypatch.setattr(memory, "memory_held", lambda device: 10**9)
     with pytest.raises(ConfigError, match=r"train.memory_budget: got 0.5 GB, expected at least 1 GB"):
         plan_memory(tiny_encoder, 0.5, bf16=False)
+
+
+def test_what_measuring_leaves_behind_is_not_taken_for_held(tiny_encoder, monkeypatch):
+    """malloc keeps what is freed, and the activations take it again."""
+
+    def room(left_behind):
+        measured = []
+        monkeypatch.setattr(memory, "memory_held", lambda device: 10**9 + left_behind * len(measured))
+        monkeypatch.setattr(memory, "measure", lambda *given, **named: measured.append(given) or Footprint(100, 0))
+        return plan_memory(tiny_encoder, 2, bf16=False).activations
+
+    assert room(10**8) == room(0)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from codiemb.config import ROLES
 from codiemb.encoder.model import max_length
-from codiemb.encoder.threads import at_once
+from codiemb.encoder.threads import at_once, trained_embeddings
 from codiemb.encoder.tokens import micro_batch_tokens, shape
 from codiemb.errors import ConfigError
 
@@ -83,15 +83,16 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
     """
     tokens = micro_batch_tokens(encoder)
     length = max(max_length(encoder, role) or _LONGEST_MEASURED for role in ROLES)
+    now = memory_held(encoder.device)  # before `measure`: what that frees stays with the process for the activations
     footprint = measure(encoder, length, bf16)
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
     side_by_side = at_once(encoder)
     if bf16 and side_by_side > 1:
         footprint = replace(footprint, fixed=sum(trained) / 2)
-    # Gradients, two moments of the optimizer, and gradients before they are added: of the largest weight, or of all in
-    # each thread.
-    unadded = side_by_side * sum(trained) if side_by_side > 1 else max(trained)
-    now = memory_held(encoder.device)
+    # Gradients, two moments of the optimizer, and gradients before they are added: of the largest weight, or in each
+    # thread of all but embeddings, of which only the rows that were looked up have one.
+    looked_up = sum(module.weight.numel() * module.weight.element_size() for module in trained_embeddings(encoder))
+    unadded = side_by_side * (sum(trained) - looked_up) if side_by_side > 1 else max(trained)
     held = now + (3 * sum(trained) + unadded) / shards
     limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
     left, running = limit - held, _RUNNING * side_by_side

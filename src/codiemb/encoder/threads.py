@@ -149,14 +149,19 @@ class _SideBySide(torch.autograd.Function):
         return None, None, None, *totals
 
 
-@contextlib.contextmanager
-def _inside(encoder: SentenceTransformer, inside: Inside) -> Iterator[None]:
-    """Also, the gradient of an embedding holds the rows that were looked up, not the whole vocabulary each time."""
-    embeddings = [
+def trained_embeddings(encoder: SentenceTransformer) -> list[nn.Embedding]:
+    """Those whose gradient is dense unless it is asked to be sparse."""
+    return [
         module
         for module in encoder.modules()
         if isinstance(module, nn.Embedding) and not module.sparse and module.weight.requires_grad
     ]
+
+
+@contextlib.contextmanager
+def _inside(encoder: SentenceTransformer, inside: Inside) -> Iterator[None]:
+    """Also, the gradient of an embedding holds the rows that were looked up, not the whole vocabulary each time."""
+    embeddings = trained_embeddings(encoder)
     for module in embeddings:
         module.sparse = True
     try:
