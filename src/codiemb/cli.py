@@ -165,6 +165,8 @@ def fuse(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--{next(iter(settings))}", got="a setting of a fusion", expected="none with this option")
     if arguments.inspect and arguments.suite:
         raise ConfigError("--suite", got=arguments.suite, expected="none with --inspect, which scores nothing")
+    if arguments.inspect and arguments.force:
+        raise ConfigError("--force", got="given", expected="none with --inspect, which merges nothing")
     if arguments.data_root and not arguments.suite:
         raise ConfigError("--data-root", got=arguments.data_root, expected="none without --suite")
     if arguments.trials is not None and arguments.search != "layers":

@@ -554,6 +554,23 @@ def test_encode_without_a_model(workplace):
     workplace.refuses(lambda: cli.main(command), "gone", "no such folder")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--inspect", "--method", "uniform"], ["--method", "none with this option"]),
+        (["--inspect", "--suite", "dev.yaml"], ["--suite", "scores nothing"]),
+        (["--inspect", "--force"], ["--force", "merges nothing"]),
+        (["--data-root", "data"], ["--data-root", "none without --suite"]),
+        (["--trials", "5"], ["--trials", "none without --search layers"]),
+        (["--search", "grid"], ["--suite", "a dev suite"]),
+    ],
+)
+def test_options_of_fuse_that_have_no_meaning_together(workplace, options, words):
+    base = workplace.config["model"]["base"]
+    command = ["fuse", base, base, "--base", base, "--out", str(workplace.folder / "out"), *options]
+    workplace.refuses(lambda: cli.main(command), *words)
+
+
 # ---- model ----
 
 

@@ -8,7 +8,6 @@ a time.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ from codiemb.evaluation.figure import figure
 from codiemb.evaluation.geometry import SPECTRAL, linear_cka, sentence_measures, token_measures
 from codiemb.evaluation.texts import Texts, read_texts
 from codiemb.figures.markup import clean
-from codiemb.files import require_folder, write_whole
+from codiemb.files import require_folder, write_json, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ def analyze(models: Sequence[str | Path], texts: str | Path, out: str | Path) ->
         else:
             content["cka"]["models"].append({"model": name, **likeness(states, reference)})
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "geometry.json", json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    write_json(out / "geometry.json", content)
     write_whole(out / "geometry.svg", figure(content))
     return content
 

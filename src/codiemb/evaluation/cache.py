@@ -23,7 +23,7 @@ from torch import Tensor
 
 from codiemb.data.store import cache_folder
 from codiemb.encoder.elsewhere import OtherEncoder
-from codiemb.files import replacing, write_whole
+from codiemb.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def write(stem: Path, content: dict[str, Any], items: pa.Table, suffix: str = ".
     table = stem.with_name(stem.name + suffix)
     with replacing(table) as partial:
         pq.write_table(items, partial)
-    write_whole(stem.with_name(stem.name + ".json"), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(stem.with_name(stem.name + ".json"), content)
 
 
 def keep(key: str, content: dict[str, Any], items: pa.Table) -> None:

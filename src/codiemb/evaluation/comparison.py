@@ -7,7 +7,6 @@ seeds are a sample as well (`seeds`).
 
 from __future__ import annotations
 
-import json
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from codiemb.evaluation import significance
 from codiemb.evaluation.scored import METRICS, Scored, contributions, paired, read_evaluation
 from codiemb.evaluation.seeds import Crossed, crossed
 from codiemb.evaluation.significance import Paired
-from codiemb.files import write_whole
+from codiemb.files import write_json
 
 Evidence = Paired | Crossed
 TESTS = {
@@ -217,4 +216,4 @@ def _judged(row: Row, p_holm: float, level: float) -> Row:
 
 def write_comparison(file: Path, comparison: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(comparison, indent=2, ensure_ascii=False) + "\n")
+    write_json(file, comparison)

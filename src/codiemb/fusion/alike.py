@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from codiemb.errors import CheckpointError
-from codiemb.files import write_whole
+from codiemb.files import write_json
 from codiemb.fusion.folder import Stored, Weights
 from codiemb.fusion.layout import read_json, rest_of
 from codiemb.fusion.weights import layer_of
@@ -87,7 +86,7 @@ def write_indexes(model: Weights, out: Path) -> None:
             shards.setdefault(stored.place.parent, []).append(stored)
     for module, held in shards.items():
         content = {"metadata": {}, "weight_map": {stored.key: stored.place.name for stored in held}}
-        write_whole(out / module / "model.safetensors.index.json", json.dumps(content, indent=2) + "\n")
+        write_json(out / module / "model.safetensors.index.json", content)
 
 
 def require_alike(parents: list[Weights], base: Weights) -> None:

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from codiemb.config import Granularity, Method, Norm, Weighting
 from codiemb.encoder.allocator import keep_memory
 from codiemb.errors import ConfigError
-from codiemb.files import publish, require_folder, sha256, told_of_full_disk, write_whole
+from codiemb.files import publish, require_folder, sha256, told_of_full_disk, write_json, write_whole
 from codiemb.fusion.alike import copy_rest, opened, write_indexes
 from codiemb.fusion.folder import Weights
 from codiemb.fusion.layout import modules_of
@@ -159,7 +159,7 @@ def fuse(
             if models[first].has_adapters:
                 _copy_config(base, first, unfinished)
             write_indexes(parents[0], unfinished)
-            write_whole(unfinished / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            write_json(unfinished / "fusion.json", facts)
             write_whole(unfinished / "README.md", card(out, facts))
             if out.exists():
                 out.rmdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from codiemb.figures.charts import bars
 from codiemb.figures.picture import picture
-from codiemb.files import require_folder, write_whole
+from codiemb.files import require_folder, write_json, write_whole
 from codiemb.fusion.alike import opened
 from codiemb.fusion.fuse import require_settings
 from codiemb.fusion.merge import Tiles, refuse_not_finite, tensors_of, workers
@@ -83,7 +82,7 @@ def inspect(checkpoints: Sequence[Path], base: Path, out: Path) -> str:
         "layers": [found.facts() for found in layers],
         "tensors": [found.facts() for found in tensors],
     }
-    write_whole(out / "moves.json", json.dumps(content, indent=2) + "\n")
+    write_json(out / "moves.json", content)
     lowest = [(facts["name"], _lowest(facts)) for facts in content["layers"]]
     title = "Lowest cosine between the moves of two checkpoints"
     write_whole(out / "moves.svg", picture([(title, bars(lowest, "cosine"))], height=24 * len(lowest) + 30))

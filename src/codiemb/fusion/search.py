@@ -24,7 +24,7 @@ from codiemb.errors import ConfigError
 from codiemb.figures.front import front, knee, marks
 from codiemb.figures.picture import picture
 from codiemb.figures.scatter import scatter_plot
-from codiemb.files import write_whole
+from codiemb.files import write_json, write_whole
 from codiemb.fusion.alike import opened
 from codiemb.fusion.fuse import fuse, layers_of, require_empty, require_settings
 
@@ -104,7 +104,7 @@ class Search:
         best = self.out / "best"
         facts = self._write([Path(path) for path in trial.checkpoints], trial.settings, best)
         facts = {**facts, "scores": trial.scores, "trials": [asdict(tried) for tried in self.trials]}
-        write_whole(best / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_json(best / "fusion.json", facts)
         return best
 
     def _write(self, checkpoints: Sequence[Path], settings: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
         "front": best_of_all,
         "knee": at_knee,
     }
-    write_whole(search.out / "pareto.json", json.dumps(content, indent=2) + "\n")
+    write_json(search.out / "pareto.json", content)
     title, dots = "Pareto front", marks(points, [_name(trial) for trial in search.trials], best_of_all, at_knee)
     across, up = (f"mean {task}, points" for task in tasks)
     plot = scatter_plot(title, dots, across, up, best_of_all)

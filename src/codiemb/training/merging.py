@@ -24,7 +24,7 @@ from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import WEIGHT_FILES, open_model, save_encoder
 from codiemb.errors import CheckpointError
 from codiemb.evaluation.suite import Results, average, evaluate_suite
-from codiemb.files import publish, sha256, write_whole
+from codiemb.files import publish, sha256, write_json, write_whole
 from codiemb.fusion.fuse import card, fuse
 from codiemb.training.checkpoint import WRITING, checkpoints, verify
 from codiemb.training.ema import Ema
@@ -128,7 +128,7 @@ def _write_average(averaged: SentenceTransformer, out: Path, decay: float, run: 
         "parents": [{"path": str(run)}],
         "versions": versions(),
     }
-    write_whole(written / "fusion.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(written / "fusion.json", facts)
     write_whole(written / "README.md", card(out, facts))
     out.parent.mkdir(parents=True, exist_ok=True)
     publish(written, out)
@@ -143,7 +143,7 @@ def _hashes_of(folder: Path) -> dict[str, str]:
 
 def _add_to_facts(file: Path, told: dict[str, Any]) -> None:
     facts = json.loads(file.read_text(encoding="utf-8")) | told
-    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    write_json(file, facts)
 
 
 def _means(encoder: SentenceTransformer, dev: Sequence[Source]) -> dict[str, float]:
@@ -159,7 +159,7 @@ def _choose(run: Path, settings: Fusion, scores: dict[str, dict[str, float]]) ->
         if name not in ("model", chosen):
             shutil.rmtree(run / "fused" / name)
     content = {"suite": settings.suite, "scores": scores, "chosen": chosen}
-    write_whole(run / "fused" / "choice.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(run / "fused" / "choice.json", content)
     place = run / "model" if chosen == "model" else run / "fused" / chosen
     told = ", ".join(f"{name} {100 * value:.2f}" for name, value in means.items())
     logger.info(f"on the dev suite: {told}; best: {place}")
