@@ -1,12 +1,14 @@
-"""One run to a folder: who holds it, and that a process that was killed holds nothing."""
+"""Files are whole, and a run has its folder to itself: a process that was killed holds nothing."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from codiemb.errors import CheckpointError, ConfigError
-from codiemb.files import held
+from codiemb.files import held, write_json
 
 # Holds the folder, forks a child (as data workers are) that lives on, says both process numbers, and waits.
 HOLDER = """
@@ -56,3 +58,10 @@ def test_what_is_unfinished_goes_with_any_error(tmp_path, error):
     with pytest.raises(type(error)), held(tmp_path, unfinished):
         raise error
     assert not unfinished.exists()
+
+
+def test_json_holds_a_path_that_is_not_utf_8(tmp_path):
+    """Python reads the byte 0xff in the name of a file as half of a surrogate pair, which UTF-8 cannot hold."""
+    write_json(tmp_path / "a.json", {"path": os.fsdecode(b"r\xff"), "word": "größer"})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["path"] == os.fsdecode(b"r\xff")
+    assert "größer" in (tmp_path / "a.json").read_text(encoding="utf-8")

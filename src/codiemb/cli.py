@@ -162,7 +162,8 @@ def fuse(arguments: argparse.Namespace) -> None:
     settings = {name: value for name, value in given.items() if value is not None and value is not False}
     settings |= {"parameters": dict(map(_parameter, arguments.parameters))} if arguments.parameters else {}
     if settings and (arguments.pareto or arguments.inspect):
-        raise ConfigError(f"--{next(iter(settings))}", got="a setting of a fusion", expected="none with this option")
+        option = f"--{next(iter(settings)).replace('_', '-')}"
+        raise ConfigError(option, got="a setting of a fusion", expected="none with this option")
     if arguments.inspect and arguments.suite:
         raise ConfigError("--suite", got=arguments.suite, expected="none with --inspect, which scores nothing")
     if arguments.inspect and arguments.force:

@@ -23,8 +23,11 @@ _WRITERS_SAY = (*(f"os error {number})" for number in _NO_ROOM), "PytorchStreamW
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Writes a text file that is there with all of its content, on the disk, or not at all."""
-    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+    """Writes a text file that is there with all of its content, on the disk, or not at all.
+
+    What is not UTF-8 in the names of files is escaped, `\\udcff`.
+    """
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -1,12 +1,14 @@
 """What a step keeps is known before it is made, and what does not fit is made again."""
 
+import weakref
+
 import pytest
 import torch
-from torch import nn
 
 from codiemb.encoder import memory
 from codiemb.encoder.engine import embed
 from codiemb.encoder.memory import Footprint, Memory, measure, plan_memory
+from codiemb.encoder.threads import trained_embeddings
 from codiemb.encoder.tokens import Text, tokenize
 from codiemb.errors import ConfigError
 
@@ -18,7 +20,7 @@ def kept_bytes(encoder, run):
 
     def keep(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = run()
@@ -45,9 +47,15 @@ def test_measuring_leaves_no_trace(tiny_encoder):
     for module in tiny_encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
+    outputs = []
+    tiny_encoder[0].register_forward_hook(
+        lambda module, inputs, output: outputs.append(weakref.ref(output["token_embeddings"].untyped_storage()))
+    )
     measure(tiny_encoder, 32, bf16=False)
     assert torch.equal(torch.get_rng_state(), before)
     assert not tiny_encoder.training
+    assert len(outputs) == 3
+    assert all(output() is None for output in outputs), "a graph that holds itself is never freed"
     assert all(parameter.grad is None for parameter in tiny_encoder.parameters())
 
 
@@ -74,17 +82,21 @@ def test_cached_micro_batches_hold_no_activations(tiny_encoder):
     assert 0.3 * everything < some < 0.7 * everything
 
 
+@pytest.mark.parametrize("only_embeddings", [False, True])
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize(("room", "tokens"), [(64e6, 2048), (0.6e6, 128)])
-def test_a_budget_is_what_the_process_may_hold(tiny_encoder, monkeypatch, room, tokens, at_once):
+def test_a_budget_is_what_the_process_may_hold(tiny_encoder, monkeypatch, room, tokens, at_once, only_embeddings):
     """Of a process that holds 1 GB, and beside it gradients, moments, and gradients before they are added (side by side
     not those of embeddings), what is left is for activations."""
     monkeypatch.setattr(memory, "memory_held", lambda device: 10**9)
     monkeypatch.setattr(memory, "at_once", lambda encoder: at_once)
     room *= at_once
-    trained = [parameter.numel() * 4 for parameter in tiny_encoder.parameters()]
-    looked_up = sum(module.weight.numel() * 4 for module in tiny_encoder.modules() if type(module) is nn.Embedding)
-    unadded = max(trained) if at_once == 1 else at_once * (sum(trained) - looked_up)
+    if only_embeddings:
+        tiny_encoder.requires_grad_(False)
+        tiny_encoder[0].model.embeddings.word_embeddings.requires_grad_(True)
+    trained = [parameter.numel() * 4 for parameter in tiny_encoder.parameters() if parameter.requires_grad]
+    looked_up = sum(module.weight.numel() * 4 for module in trained_embeddings(tiny_encoder))
+    unadded = max(max(trained), at_once * (sum(trained) - looked_up) if at_once > 1 else 0)
     held = 1e9 + 3 * sum(trained) + unadded
     planned = plan_memory(tiny_encoder, (held + room) / 1e9, bf16=False)
     one = planned.footprint.of(tokens // 64, 64)

@@ -157,7 +157,7 @@ def test_geometry_json_holds_every_model_against_the_first(tiny_model_folder, te
 
 @pytest.mark.parametrize("vectors", [torch.randn(4, 1), torch.zeros(4, 3)])
 def test_what_vectors_have_no_measure_of_is_null(vectors):
-    """One dimension has no IsoScore, and zeros have no spectrum: nan cannot be written, and minutes would be lost."""
+    """One dimension has no IsoScore, and zeros have no spectrum: JSON has no nan."""
     states = States([vectors, vectors], vectors, torch.ones(4, 2, len(TOKEN_MEASURES)))
     found = measured(states, Texts([Entry(word) for word in "abcd"], None))
     assert None in found["pooled"].values()

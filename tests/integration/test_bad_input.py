@@ -557,7 +557,7 @@ def test_encode_without_a_model(workplace):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--inspect", "--method", "uniform"], ["--method", "none with this option"]),
+        (["--inspect", "--by-run"], ["--by-run", "none with this option"]),
         (["--inspect", "--suite", "dev.yaml"], ["--suite", "scores nothing"]),
         (["--inspect", "--force"], ["--force", "merges nothing"]),
         (["--data-root", "data"], ["--data-root", "none without --suite"]),

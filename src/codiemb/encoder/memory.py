@@ -83,18 +83,21 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
     """
     tokens = micro_batch_tokens(encoder)
     length = max(max_length(encoder, role) or _LONGEST_MEASURED for role in ROLES)
-    now = memory_held(encoder.device)  # before `measure`: what that frees stays with the process for the activations
+    # Before `measure`: on a processor what that frees stays with the process, for the activations to come.
+    now = memory_held(encoder.device)
+    limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
     footprint = measure(encoder, length, bf16)
     trained = [p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad]
     side_by_side = at_once(encoder)
     if bf16 and side_by_side > 1:
         footprint = replace(footprint, fixed=sum(trained) / 2)
-    # Gradients, two moments of the optimizer, and gradients before they are added: of the largest weight, or in each
-    # thread of all but embeddings, of which only the rows that were looked up have one.
-    looked_up = sum(module.weight.numel() * module.weight.element_size() for module in trained_embeddings(encoder))
-    unadded = side_by_side * (sum(trained) - looked_up) if side_by_side > 1 else max(trained)
+    # Gradients, two moments of the optimizer, and gradients before they are added: of the largest weight, and side by
+    # side in each thread of all but embeddings, whose gradients there are as small as the texts.
+    unadded = max(trained)
+    if side_by_side > 1:
+        looked_up = {module.weight.data_ptr(): module.weight.nbytes for module in trained_embeddings(encoder)}
+        unadded = max(unadded, side_by_side * (sum(trained) - sum(looked_up.values())))
     held = now + (3 * sum(trained) + unadded) / shards
-    limit = now + free_memory(encoder.device) if budget == "auto" else budget * GB
     left, running = limit - held, _RUNNING * side_by_side
     while tokens > length and running * _one(footprint, tokens, length) > left:
         tokens //= 2
@@ -163,7 +166,7 @@ def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage  # held, so that no other takes its address
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its graph, which holds it
 
     features = encoder.preprocess(["a"])
     mask = features["attention_mask"]

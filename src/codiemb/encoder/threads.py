@@ -150,7 +150,7 @@ class _SideBySide(torch.autograd.Function):
 
 
 def trained_embeddings(encoder: SentenceTransformer) -> list[nn.Embedding]:
-    """Those whose gradient is dense unless it is asked to be sparse."""
+    """The embedding tables whose gradient is dense unless asked to be sparse."""
     return [
         module
         for module in encoder.modules()

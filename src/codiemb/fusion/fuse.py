@@ -35,7 +35,7 @@ from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
 
-MERGEKIT = {  # its name there, and settings where it has no default of its own
+MERGEKIT = {  # its name there, and settings where ours differ from its defaults
     "slerp": ("slerp", {"t": 0.5}),
     "task_arithmetic": ("task_arithmetic", {"weight": 1.0}),
     "ties": ("ties", {"weight": 1.0, "density": 0.2}),
