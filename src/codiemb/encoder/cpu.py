@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from codiemb.encoder.activations import watch
+
 ATTENTION = "codiemb_cpu"
 _LONG = 128  # tokens from which the scores cost more than the calls (`benchmarks/engine.py --only attention`)
 
@@ -145,8 +147,9 @@ def attention(
 
 
 def speed_up(model: PreTrainedModel) -> None:
-    """Puts `Dropout` and `attention` into a model that runs on the processor; attention only where it is plain."""
+    """Readies a model that runs on the processor; `attention` goes only where it is plain."""
     replace_dropout(model)
+    watch(model)
     if model.config.model_type in _PLAIN_ATTENTION:
         model.set_attn_implementation(ATTENTION)
 

@@ -20,8 +20,10 @@ import psutil
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from codiemb.config import ROLES
+from codiemb.encoder.activations import outputs_made_again
 from codiemb.encoder.model import max_length
 from codiemb.encoder.threads import at_once, trained_embeddings
 from codiemb.encoder.tokens import micro_batch_tokens, shape
@@ -162,10 +164,13 @@ def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
     kept: dict[int, Any] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage  # held, so that no other takes its address
+
+    def pack(tensor: Tensor) -> Tensor:
+        keep(tensor)
         return tensor.detach()  # the tensor itself would hold its graph, which holds it
 
     features = encoder.preprocess(["a"])
@@ -173,7 +178,7 @@ def _saved(encoder: SentenceTransformer, rows: int, length: int) -> int:
     for key, value in features.items():
         if isinstance(value, Tensor) and value.shape == mask.shape:
             features[key] = value.repeat(rows, -(-length // mask.shape[1]))[:, :length].to(encoder.device)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with outputs_made_again(keep) if at_once(encoder) > 1 else saved_tensors_hooks(pack, lambda tensor: tensor):
         output = encoder(features)["sentence_embedding"]
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from codiemb.encoder import cpu
+from codiemb.encoder.activations import outputs_made_again
 
 Outputs = tuple[Tensor, ...]
 Run = Callable[[dict[str, Any]], Outputs]
@@ -96,6 +97,7 @@ class _Job:
             torch.set_grad_enabled(keep),
             # Its cache is one for all threads, and goes when any of them leaves.
             torch.autocast("cpu", torch.bfloat16, enabled=self.bf16, cache_enabled=False),
+            outputs_made_again() if keep else contextlib.nullcontext(),
         ):
             outputs = self.run(self.features)
         if keep:
