@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import ACT2FN
 
 _KINDS = {type(ACT2FN[name]) for name in ("gelu", "gelu_new", "gelu_pytorch_tanh", "silu")}
-_of_thread = threading.local()  # `latest`: what the last activation function gave, inside `outputs_made_again`
+
+
+class _Made(NamedTuple):
+    output: weakref.ref[Tensor]
+    module: nn.Module
+    input: Tensor
+
+
+class _OfThread(threading.local):
+    watched = False
+    latest: _Made | None = None
+
+
+_of_thread = _OfThread()
 
 
 def watch(model: nn.Module) -> None:
@@ -40,22 +54,22 @@ def outputs_made_again(kept: Callable[[Tensor], object] = lambda tensor: None) -
     """
 
     def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-        if (latest := _of_thread.latest) and _same(tensor, latest[0]()):
-            return partial(_again, *latest[1:], tensor.shape)
+        if (latest := _of_thread.latest) and _same(tensor, latest.output()):
+            return partial(_again, latest.module, latest.input, tensor.shape)
         kept(tensor)
         return tensor.detach()  # the tensor itself would hold its graph, which holds it
 
-    _of_thread.latest = ()
+    _of_thread.watched = True
     try:
         with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed()):
             yield
     finally:
-        _of_thread.latest = None
+        _of_thread.watched, _of_thread.latest = False, None
 
 
 def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    if getattr(_of_thread, "latest", None) is not None and inputs[0].dtype == output.dtype:
-        _of_thread.latest = weakref.ref(output), module, inputs[0].detach()
+    if _of_thread.watched and inputs[0].dtype == output.dtype:
+        _of_thread.latest = _Made(weakref.ref(output), module, inputs[0].detach())
 
 
 def _same(tensor: Tensor, output: Tensor | None) -> bool:
