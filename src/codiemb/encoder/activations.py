@@ -2,7 +2,7 @@
 
 Autograd keeps the input of an activation function, for its own gradient, and the output, for that of the layer that
 follows. The output takes a fifth of all that is kept (MiniLM: a width of 1,536 beside 384), and is made from the input
-in a hundredth of a step's time.
+in a few hundredths of a step's time.
 """
 
 from __future__ import annotations
