@@ -4,10 +4,14 @@ import weakref
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Dropout
+from torch.autograd.graph import saved_tensors_hooks
 
-from codiemb.encoder import memory
+from codiemb.encoder import memory, threads
+from codiemb.encoder.activations import outputs_made_again
 from codiemb.encoder.engine import embed
 from codiemb.encoder.memory import Footprint, Memory, measure, plan_memory
+from codiemb.encoder.model import open_model
 from codiemb.encoder.threads import trained_embeddings
 from codiemb.encoder.tokens import Text, tokenize
 from codiemb.errors import ConfigError
@@ -22,7 +26,7 @@ def kept_bytes(encoder, run):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = run()
     assert output.requires_grad
     return sum(storage.nbytes() for place, storage in storages.items() if place not in own)
@@ -39,6 +43,33 @@ def test_the_footprint_measured_on_short_texts_holds_for_other_shapes(tiny_encod
     (features,) = tokens.micro_batches
     expected = kept_bytes(tiny_encoder, lambda: tiny_encoder(dict(features))["sentence_embedding"])
     assert found.of(*features["attention_mask"].shape) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("foreign_dropout", [False, True])
+def test_the_footprint_is_that_of_the_way_a_step_goes(tiny_model_folder, monkeypatch, foreign_dropout):
+    """Side by side without outputs of activation functions; one after the other, as other dropout needs it, with."""
+    encoder = open_model(str(tiny_model_folder), device="cpu").train()
+    if foreign_dropout:
+        encoder.append(Dropout(0.1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    own = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    storages, shown = {}, []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+
+    monkeypatch.setattr(threads, "outputs_made_again", lambda: shown.append(1) or outputs_made_again(keep))
+    tokens = tokenize(encoder, [Text(letter * 20, "", None) for letter in "abcdefgh"], 88)
+    assert len(tokens.micro_batches) == 2
+    with saved_tensors_hooks(lambda tensor: keep(tensor) or tensor.detach(), lambda tensor: tensor):
+        output = embed(encoder, tokens.micro_batches, tokens.place).final
+    assert output.requires_grad
+    assert len(shown) == (0 if foreign_dropout else 2)
+    kept = sum(storage.nbytes() for storage in storages.values())
+    footprint = measure(encoder, 32, bf16=False)
+    expected = sum(footprint.of(*features["attention_mask"].shape) for features in tokens.micro_batches)
+    assert kept == pytest.approx(expected, rel=0.03)
 
 
 def test_measuring_leaves_no_trace(tiny_encoder):

@@ -26,6 +26,7 @@ class _Made(NamedTuple):
     output: weakref.ref[Tensor]
     module: nn.Module
     input: Tensor
+    version: int
 
 
 class _OfThread(threading.local):
@@ -53,23 +54,26 @@ def outputs_made_again(kept: Callable[[Tensor], object] = lambda tensor: None) -
         kept: is shown every tensor that autograd keeps.
     """
 
-    def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
         if (latest := _of_thread.latest) and _same(tensor, latest.output()):
-            return partial(_again, latest.module, latest.input, tensor.shape)
+            kept(latest.input)
+            return partial(_again, latest.module, latest.input, latest.version, tensor.shape)
         kept(tensor)
-        return tensor.detach()  # the tensor itself would hold its graph, which holds it
+        # The tensor itself would hold its graph, which holds it.
+        return partial(_unchanged, tensor.detach(), tensor._version)
 
     _of_thread.watched = True
     try:
-        with saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed()):
+        with saved_tensors_hooks(pack, lambda unpack: unpack()):
             yield
     finally:
         _of_thread.watched, _of_thread.latest = False, None
 
 
 def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    if _of_thread.watched and inputs[0].dtype == output.dtype:
-        _of_thread.latest = _Made(weakref.ref(output), module, inputs[0].detach())
+    # An input without gradient is not kept by autograd, and may be written over.
+    if _of_thread.watched and inputs and inputs[0].requires_grad and inputs[0].dtype == output.dtype:
+        _of_thread.latest = _Made(weakref.ref(output), module, inputs[0].detach(), inputs[0]._version)
 
 
 def _same(tensor: Tensor, output: Tensor | None) -> bool:
@@ -86,5 +90,12 @@ def _same(tensor: Tensor, output: Tensor | None) -> bool:
 
 
 @torch.no_grad()
-def _again(module: nn.Module, input: Tensor, shape: torch.Size) -> Tensor:
-    return module.forward(input).view(shape)
+def _again(module: nn.Module, input: Tensor, version: int, shape: torch.Size) -> Tensor:
+    return module.forward(_unchanged(input, version)).view(shape)
+
+
+def _unchanged(tensor: Tensor, version: int) -> Tensor:
+    """As autograd sees to it without hooks."""
+    if tensor._version != version:
+        raise RuntimeError("a tensor that the backward pass needs was modified by an inplace operation")
+    return tensor

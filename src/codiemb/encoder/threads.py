@@ -59,23 +59,20 @@ def side_by_side(
 
 
 def pays(encoder: SentenceTransformer, micro_batches: Sequence[Any]) -> bool:
-    """Whether micro-batches can and should run side by side: several, on several threads of a processor, and with no
-    random numbers but those that a job has a seed for."""
-    return (
-        len(micro_batches) > 1
-        and at_once(encoder) > 1
-        and not any(
-            getattr(module, "gradient_checkpointing", False) or (type(module) is nn.Dropout and module.p)
-            for module in encoder.modules()
-        )
-    )
+    """Whether there is more than one micro-batch, and more than one may run at once."""
+    return len(micro_batches) > 1 and at_once(encoder) > 1
 
 
 def at_once(encoder: SentenceTransformer) -> int:
-    """How many micro-batches of this encoder may run at once."""
+    """How many micro-batches of this encoder may run at once: on a processor as many as it has threads, with no random
+    numbers but those that a job has a seed for."""
     config = getattr(encoder[0], "config", None)
     ours = encoder.device.type == "cpu" and getattr(config, "_attn_implementation", None) == cpu.ATTENTION
-    return torch.get_num_threads() if ours else 1
+    alone = any(
+        getattr(module, "gradient_checkpointing", False) or (type(module) is nn.Dropout and module.p)
+        for module in encoder.modules()
+    )
+    return torch.get_num_threads() if ours and not alone else 1
 
 
 @dataclass
