@@ -152,7 +152,9 @@ class Soups:
     def score(self, name: str, make: Callable[[Path], Path], dev_only: bool = False) -> None:
         """Makes a model, scores it, and removes it if it was made here."""
         kept = self.out / "scores" / f"{name.replace('/', ' ')}.json"
-        if not kept.is_file():
+        content = json.loads(kept.read_text()) if kept.is_file() else {"scores": {}, "length": None}
+        missing = [source for source in self.untrained if not dev_only and source.name not in content["scores"]]
+        if missing or not content["scores"]:
             folder = self.out / "merged"
             shutil.rmtree(folder, ignore_errors=True)
             path = make(folder)
@@ -163,12 +165,12 @@ class Soups:
                 values = [found[source.name][HEADLINE[source.task]] for source in self.dev_alone]
                 scores = {"dev mean": (mean(values[:-1]) + values[-1]) / 2}
             else:
-                scores = self.dev_and_test(encoder)
-                found = evaluate_suite(encoder, self.untrained, self.out / "eval")
-                scores |= {source.name: found[source.name][HEADLINE[source.task]] for source in self.untrained}
+                scores = content["scores"] or self.dev_and_test(encoder)
+                found = evaluate_suite(encoder, missing, self.out / "eval")
+                scores |= {source.name: found[source.name][HEADLINE[source.task]] for source in missing}
             kept.parent.mkdir(exist_ok=True)
-            kept.write_text(json.dumps({"scores": scores, "length": facts.get("delta_length")}))
-        content = json.loads(kept.read_text())
+            content = {"scores": scores, "length": facts.get("delta_length")}
+            kept.write_text(json.dumps(content))
         self.scores[name] = content["scores"]
         if content["length"]:
             self.lengths[name] = content["length"]
