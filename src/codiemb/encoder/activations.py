@@ -1,8 +1,8 @@
 """Outputs of activation functions, made again in the backward pass in place of being kept.
 
 Autograd keeps the input of an activation function, for its own gradient, and the output, for that of the layer that
-follows. The output is wide (MiniLM: 1,536 beside 384) and soon made: without it a process takes an eighth less memory on
-long texts and is no slower beyond the noise (`benchmarks/results/train.jsonl`).
+follows. The output is wide (MiniLM: 1,536 beside 384) and soon made: without it a process takes an eighth less memory
+on long texts and is no slower beyond the noise (`benchmarks/results/train.jsonl`).
 """
 
 from __future__ import annotations
