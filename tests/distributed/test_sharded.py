@@ -3,7 +3,6 @@
 FSDP2 runs on processors here, see sharded_run.py; on GPUs the same runs go through `codiemb train` as it is.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -14,35 +13,11 @@ import torch
 
 from codiemb import load_config, train
 from tests.conftest import needs_peft
-from tests.small_run import assert_equal_weights, small_run
+from tests.distributed.conftest import DROPOUT, STILL, on_two_processes
+from tests.small_run import assert_equal_weights
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
-STILL = "model.dropout={hidden: 0, attention: 0}"
-DROPOUT = "model.dropout={hidden: 0.1, attention: 0.1}"
 FSDP = "train.fsdp=true"
-
-
-@pytest.fixture
-def config_file(tmp_path, tiny_model_folder):
-    """8 steps; with batches of 5 the two ranks hold different numbers of rows."""
-    return small_run(
-        tmp_path,
-        tiny_model_folder,
-        batching={"retrieval": {"batch_size": 5}, "similarity": {"batch_size": 5}},
-        train={"max_steps": 8, "save_steps": 4, "learning_rate": 1e-3},
-        evaluation={"suite": None},
-    )
-
-
-def on_two_processes(program, *arguments):
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *arguments],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        timeout=240,
-    )
 
 
 def sharded(*arguments):
@@ -58,10 +33,10 @@ def sharded(*arguments):
         pytest.param(["model.lora={r: 2}", "model.head.dim=8"], id="lora and head", marks=needs_peft),
     ],
 )
-def test_fsdp_trains_the_model_of_one_process(config_file, tmp_path, settings):
+def test_fsdp_trains_the_model_of_one_process(eight_steps, tmp_path, settings):
     """Over 8 steps. Adam hides a wrong scale of the loss, and clipping does; plain SGD shows it."""
-    train(load_config(config_file, [STILL, *settings, f"output_dir={tmp_path / 'one'}"]))
-    sharded(str(config_file), STILL, *settings, FSDP)
+    train(load_config(eight_steps, [STILL, *settings, f"output_dir={tmp_path / 'one'}"]))
+    sharded(str(eight_steps), STILL, *settings, FSDP)
     tolerance = {"rtol": 0, "atol": 1e-5}
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)
     assert_equal_weights(
@@ -70,41 +45,41 @@ def test_fsdp_trains_the_model_of_one_process(config_file, tmp_path, settings):
 
 
 @pytest.mark.parametrize("cached", [[], ["--cached"]], ids=["direct", "cached"])
-def test_fsdp_with_micro_batches_that_differ_in_number(config_file, tmp_path, cached):
+def test_fsdp_with_micro_batches_that_differ_in_number(eight_steps, tmp_path, cached):
     """A rank that ran fewer than another would wait for ever: weights are exchanged inside each."""
-    train(load_config(config_file, [STILL, f"output_dir={tmp_path / 'one'}"]))
-    sharded(str(config_file), STILL, FSDP, "train.ddp_timeout=60", "--one-by-one", *cached)
+    train(load_config(eight_steps, [STILL, f"output_dir={tmp_path / 'one'}"]))
+    sharded(str(eight_steps), STILL, FSDP, "train.ddp_timeout=60", "--one-by-one", *cached)
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
 
 
-def test_fsdp_resumes_to_the_same_bits(config_file, tmp_path):
-    sharded(str(config_file), DROPOUT, FSDP)
+def test_fsdp_resumes_to_the_same_bits(eight_steps, tmp_path):
+    sharded(str(eight_steps), DROPOUT, FSDP)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for name in ("model", "checkpoint-8"):
         shutil.rmtree(tmp_path / "run" / name)
-    sharded(str(config_file), DROPOUT, FSDP, "--resume")
+    sharded(str(eight_steps), DROPOUT, FSDP, "--resume")
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_gradient_checkpointing_changes_nothing(config_file, tmp_path, processes):
+def test_gradient_checkpointing_changes_nothing(eight_steps, tmp_path, processes):
     """With dropout, whose masks are drawn again in the second forward pass: the same bits after 8 steps."""
     for name, setting in (("plain", "false"), ("again", "true")):
         overrides = [DROPOUT, f"train.gradient_checkpointing={setting}", f"output_dir={tmp_path / name}"]
         if processes == 1:
-            train(load_config(config_file, overrides))
+            train(load_config(eight_steps, overrides))
         else:
-            on_two_processes(["-m", "codiemb"], "train", str(config_file), *overrides)
+            on_two_processes(["-m", "codiemb"], "train", str(eight_steps), *overrides)
     assert_equal_weights(tmp_path / "plain" / "model", tmp_path / "again" / "model", rtol=0, atol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("bf16", ["false", "true"])
-def test_fsdp_on_two_gpus(config_file, tmp_path, bf16):
+def test_fsdp_on_two_gpus(eight_steps, tmp_path, bf16):
     settings = [STILL, f"train.bf16={bf16}"]
-    train(load_config(config_file, [*settings, f"output_dir={tmp_path / 'one'}"]))
+    train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
-    subprocess.run([*command, "train", str(config_file), *settings, FSDP], check=True, timeout=300)
+    subprocess.run([*command, "train", str(eight_steps), *settings, FSDP], check=True, timeout=300)
     tolerance = {"rtol": 0, "atol": 1e-5 if bf16 == "false" else 1e-2}
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)

@@ -21,6 +21,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from codiemb import cli
+from codiemb.evaluation.similarity import SIMILARITY
+from codiemb.evaluation.suite import EVALUATIONS
 from codiemb.training import checkpoint
 from tests.conftest import needs_peft
 from tests.integration.conftest import PAIRS, QUERIES
@@ -874,20 +876,37 @@ def test_a_signal_in_the_last_checkpoint_is_not_lost(workplace, monkeypatch):
     assert ends_with(143, workplace).endswith("checkpoint-2; go on with --resume\n")
 
 
+def test_a_signal_in_an_evaluation_loses_no_step(workplace, monkeypatch):
+    """Checkpoints are written every 100 steps: the data set in hand is scored, a step done, and then one is written."""
+    sources = [{"name": name, "task": "similarity", "path": "pairs.jsonl"} for name in ("one", "other")]
+    workplace.config["evaluation"] = {"suite": "suite.yaml", "every_steps": 2}
+    workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 100, "max_steps": 5}
+    workplace.write("suite.yaml", yaml.safe_dump(sources))
+    evaluate = SIMILARITY.evaluate
+
+    def signalled(*arguments):
+        if (workplace.folder / "run" / "metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setitem(EVALUATIONS, "similarity", SIMILARITY._replace(evaluate=signalled))
+    assert ends_with(143, workplace).endswith("checkpoint-3; go on with --resume\n")
+    assert [path.name for path in (workplace.folder / "run" / "eval" / "step-2").glob("*.json")] == ["one.json"]
+
+
 def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(workplace, monkeypatch):
-    """A signal in the evaluation ends it at once; what was trained is kept."""
     workplace.config["evaluation"] = {"suite": "suite.yaml", "every_steps": 2}
     workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     workplace.write("suite.yaml", yaml.safe_dump([{"name": "pairs", "task": "similarity", "path": "pairs.jsonl"}]))
 
     def evaluate(encoder, suite, out, **settings):
         if out.name == "step-2":
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
         return {"pairs": {"spearman": 0.0, "pearson": 0.0}}
 
     monkeypatch.setattr("codiemb.training.run.evaluate_suite", evaluate)
-    assert ends_with(143, workplace).endswith("checkpoint-2; go on with --resume\n")
-    assert not (workplace.folder / "run" / "checkpoint-4").exists()
+    assert ends_with(130, workplace).endswith("checkpoint-2; go on with --resume\n")
 
 
 def test_a_signal_at_the_end_of_an_epoch_writes_its_checkpoint_once(workplace, monkeypatch):

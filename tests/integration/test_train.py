@@ -14,6 +14,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from codiemb import load_config, train
+from codiemb.encoder import memory
 from codiemb.encoder.memory import Footprint, Memory
 from codiemb.errors import ConfigError
 from codiemb.training import trainer
@@ -114,6 +115,22 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 15))
+
+
+def test_a_run_that_goes_on_keeps_its_micro_batches(config_file, tmp_path, monkeypatch):
+    """It was begun with little memory free, goes on with more, and has the same bits."""
+    config = load_config(config_file, ["model.dropout.hidden=0.1", "evaluation.suite=null"])
+    with monkeypatch.context() as short_of_memory:
+        short_of_memory.setattr(memory, "micro_batch_tokens", lambda encoder: 16)
+        train(config)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for name in ("model", "checkpoint-12", "checkpoint-14"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(config, resume=True)
+    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
+    train(config, overwrite=True)
+    one, other = (weights(tmp_path / name / "model") for name in ("whole", "run"))
+    assert any(not torch.equal(one[name], other[name]) for name in one), "micro-batches make no difference"
 
 
 @pytest.mark.parametrize("schedule", ["balanced", "round_robin", "temperature", "weights", "staged", "paired"])

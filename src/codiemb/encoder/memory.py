@@ -12,6 +12,7 @@ of micro-batches, and so left out; but side by side on a processor each micro-ba
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from codiemb.config import ROLES
+from codiemb.distributed import most
 from codiemb.encoder.activations import outputs_made_again
 from codiemb.encoder.model import max_length
 from codiemb.encoder.threads import at_once, trained_embeddings
@@ -72,18 +74,25 @@ class Memory:
         return 0
 
 
-def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, bf16: bool, shards: int = 1) -> Memory:
-    """What a budget leaves for activations.
+def plan_memory(
+    encoder: SentenceTransformer,
+    budget: Literal["auto"] | float,
+    bf16: bool,
+    shards: int = 1,
+    at_most: int | None = None,
+) -> Memory:
+    """What a budget leaves for activations; the size of micro-batches, on which roundings depend, is that of all ranks.
 
     Args:
         budget: GB for all that a process holds while it trains, or `auto`: a share of what is free.
         bf16: whether training computes in bf16.
         shards: over how many processes weights, gradients and moments are shared out.
+        at_most: tokens of a micro-batch that a run which goes on had until now.
 
     Raises:
         ConfigError: not even one text fits.
     """
-    tokens = micro_batch_tokens(encoder)
+    tokens = min(micro_batch_tokens(encoder), at_most or sys.maxsize)
     length = max(max_length(encoder, role) or _LONGEST_MEASURED for role in ROLES)
     # Before `measure`: on a processor what that frees stays with the process, for the activations to come.
     now = memory_held(encoder.device)
@@ -111,6 +120,7 @@ def plan_memory(encoder: SentenceTransformer, budget: Literal["auto"] | float, b
             expected=f"at least {needed / GB:.2g} GB: libraries, weights, their gradients and moments, and one text",
             fix="raise it or lower model.max_length",
         )
+    tokens = -most(-tokens)
     kept = _KEPT_ON_GPU if encoder.device.type == "cuda" else _KEPT
     # The backward pass takes those that kept their activations first, so what runs beside them is only their gradients.
     gradients = (_RUNNING - 1) * side_by_side * _one(footprint, tokens, length)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,14 @@ EVALUATIONS: dict[str, Evaluation] = {
 Results = dict[str, dict[str, float]]
 
 
-def evaluate_suite(encoder: Encoder, suite: Sequence[Source], out: Path | None, *, bf16: bool = False) -> Results:
+def evaluate_suite(
+    encoder: Encoder,
+    suite: Sequence[Source],
+    out: Path | None,
+    *,
+    bf16: bool = False,
+    until: Callable[[], bool] = lambda: False,
+) -> Results:
     """Metrics by data set; writes `<out>/<dataset>.json` and `<out>/<dataset>.items.parquet`.
 
     What was scored before, with equal model, data and settings, is taken from `codiemb.evaluation.cache`.
@@ -57,6 +64,7 @@ def evaluate_suite(encoder: Encoder, suite: Sequence[Source], out: Path | None, 
         suite: the data sets, from `load_suite`.
         out: folder, made if missing; None: nothing is written.
         bf16: encode in bf16.
+        until: asked before each data set, on all ranks; the rest is left out when it says true.
 
     Raises:
         DataError: a data set cannot be read.
@@ -65,6 +73,8 @@ def evaluate_suite(encoder: Encoder, suite: Sequence[Source], out: Path | None, 
     hashed = on_first(lambda: cache.model_hash(encoder))
     results = {}
     for source in map(_data_set, suite):
+        if until():
+            break
         data = evaluation_of(source).load(source)
         settings = _settings(encoder, source, hashed, data.digest(), bf16)
         key = cache.key_of(settings) if hashed else None

@@ -42,6 +42,12 @@ class Checkpoint:
     facts: dict[str, str]
     environment: dict[str, Any]
 
+    def micro_batch_tokens(self, device: str) -> int | None:
+        """Tokens of a micro-batch that was trained on the same kind of device, so that roundings stay what they were
+        whatever memory is free now."""
+        same = str(self.environment.get("device")).partition(":")[0] == device
+        return self.environment.get("micro_batch_tokens") if same else None
+
 
 def seal(folder: Path, **what: Any) -> None:
     """Writes the manifest of a finished folder; `what` are the fields of `Checkpoint` aside from the path."""

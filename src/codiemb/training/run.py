@@ -128,7 +128,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             needed += checkpoint_bytes(encoder, averaged=config.fusion is not None and "ema" in config.fusion.methods)
         run_folder.require_disk(run, needed)
         agree({**facts, **{f"version of {name}": found for name, found in versions().items()}}, "before the first step")
-        trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop])
+        trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop], checkpoint)
         if config.evaluation.every_steps and suite:
             trainer.add_callback(_EvaluateDuring(trainer, stop, suite, config.evaluation.every_steps))
 
@@ -247,16 +247,17 @@ def _settings_text(prepared: Prepared, trainer: JointTrainer) -> str:
     )
 
 
-def _evaluate(encoder: SentenceTransformer, suite: Sequence[Source], out: Path, when: str) -> Results:
+def _evaluate(encoder: SentenceTransformer, suite: Sequence[Source], out: Path, when: str, **settings: Any) -> Results:
     if suite:
         logger.info(f"evaluation {when}")
-    return evaluate_suite(encoder, suite, out)
+    return evaluate_suite(encoder, suite, out, **settings)
 
 
 class _EvaluateDuring(TrainerCallback):
     """Evaluates the suite every so many steps, into eval/step-<n>.
 
-    Before the next step begins: a checkpoint of the step is written by then, whatever happens during the evaluation.
+    Before the next step begins: a checkpoint of the step is written by then, whatever happens during the evaluation. A
+    signal ends it after the data set in hand; the step that follows is the last.
     """
 
     def __init__(self, trainer: JointTrainer, stop: StopOnSignal, suite: Sequence[Source], every: int) -> None:
@@ -265,6 +266,6 @@ class _EvaluateDuring(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step and state.global_step % self.every == 0:
             step = f"step-{state.global_step}"
-            with self.stop.at_once():
-                _evaluate(self.trainer.encoder, self.suite, Path(args.output_dir) / "eval" / step, f"at {step}")
+            out = Path(args.output_dir) / "eval" / step
+            _evaluate(self.trainer.encoder, self.suite, out, f"at {step}", until=self.stop.asked_of_any)
             self.trainer.step_log.restart_clock()

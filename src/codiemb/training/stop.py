@@ -1,16 +1,15 @@
 """SIGTERM and SIGINT (Ctrl-C) end a run after the step in hand, with a checkpoint.
 
 Schedulers send SIGTERM some time before they kill. All ranks agree on the step after which they stop, whichever of them
-got the signal. A second Ctrl-C stops at once; so does any signal while nothing is trained, when nothing can be lost.
+got the signal; an evaluation between two steps ends after the data set in hand. A second Ctrl-C stops at once; so does
+any signal before and after training, when nothing can be lost.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,7 +52,7 @@ class StopOnSignal(TrainerCallback):
         if not self.training or (self.asked and number == signal.SIGINT):
             raise Stopped(number, self._how_to_go_on())
         if not self.asked:
-            logger.info("\nfinishing the step in hand, then a checkpoint; Ctrl-C ends at once")
+            logger.info("\nfinishing what is in hand, then a checkpoint; Ctrl-C ends at once")
         self.asked = self.asked or number
 
     def raise_if_asked(self) -> None:
@@ -66,14 +65,9 @@ class StopOnSignal(TrainerCallback):
         if self.agreed:
             raise Stopped(self.agreed, self._how_to_go_on())
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Inside, though between two steps, a signal ends the run at once: nothing is lost."""
-        self.training = False
-        try:
-            yield
-        finally:
-            self.training = True
+    def asked_of_any(self) -> bool:
+        """Whether a rank got a signal; called by all of them."""
+        return most(self.asked) > 0
 
     def _how_to_go_on(self) -> str:
         if self.model is not None:

@@ -25,6 +25,7 @@ from codiemb.encoder.memory import plan_memory
 from codiemb.encoder.model import attention_dropout, bf16_pays, idle_parameters, open_model, save_encoder
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.training import checkpoint
+from codiemb.training.checkpoint import Checkpoint
 from codiemb.training.conflict import ConflictMeter
 from codiemb.training.ema import Ema
 from codiemb.training.facts import environment_of
@@ -54,6 +55,7 @@ class JointTrainer(Trainer):
         records: the data by source name.
         facts: what the run is, for the manifest of its checkpoints.
         callbacks: further callbacks of the Trainer.
+        before: the checkpoint that it goes on from.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class JointTrainer(Trainer):
         records: dict[str, Records],
         facts: dict[str, str],
         callbacks: list[TrainerCallback],
+        before: Checkpoint | None = None,
     ) -> None:
         arguments = training_arguments(config, encoder.device)
         self.step_log = MetricsLog(Path(config.output_dir) / "metrics.jsonl")
@@ -73,7 +76,8 @@ class JointTrainer(Trainer):
         for parameter in idle_parameters(encoder) + (unused_parameters(encoder) if self.sharded else []):
             parameter.requires_grad_(False)
         shards = world_size() if self.sharded else 1
-        memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16, shards)
+        at_most = before.micro_batch_tokens(encoder.device.type) if before else None
+        memory = plan_memory(encoder, config.train.memory_budget, arguments.bf16, shards, at_most)
         packed = packs(encoder, arguments.bf16, attention_dropout(encoder))
         self.step_reader = StepReader(plan, records, encoder, rank(), world_size(), memory.micro_batch_tokens, packed)
         self.joint = JointModel(encoder, config.losses, memory, self.sharded, self.step_log.clock.mark)

@@ -1,0 +1,40 @@
+"""DeepSpeed ZeRO trains the model that one process trains, and resumes to the same bits; on processors, with gloo."""
+
+import json
+import shutil
+
+import pytest
+
+from codiemb import load_config, train
+from tests.distributed.conftest import DROPOUT, STILL, on_two_processes
+from tests.small_run import assert_equal_weights
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("deepspeed")
+CODIEMB = ["-m", "codiemb"]
+
+
+def zero(stage):
+    settings = {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"}
+    if stage == 3:
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return "train.deepspeed=" + json.dumps({**settings, "train_micro_batch_size_per_gpu": "auto"})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_trains_the_model_of_one_process(eight_steps, tmp_path, stage):
+    """Adam hides a wrong scale of the loss, and clipping does; plain SGD shows it."""
+    settings = [STILL, "train.optim=sgd", "train.max_grad_norm=0"]
+    train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
+    on_two_processes(CODIEMB, "train", str(eight_steps), *settings, zero(stage))
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
+
+
+def test_zero_resumes_to_the_same_bits(eight_steps, tmp_path):
+    command = ["train", str(eight_steps), DROPOUT, zero(3)]
+    on_two_processes(CODIEMB, *command)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    for name in ("model", "checkpoint-8"):
+        shutil.rmtree(tmp_path / "run" / name)
+    on_two_processes(CODIEMB, *command, "--resume")
+    assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
