@@ -134,12 +134,13 @@ def agree(facts: dict[str, str | int], where: str) -> None:
     everywhere: list[dict[str, str | int]] = [{} for _ in range(world_size())]
     dist.all_gather_object(everywhere, facts)
     for other, theirs in enumerate(everywhere):
-        for name, value in everywhere[0].items():
-            if theirs.get(name) != value:
+        for name in everywhere[0] | theirs:
+            got, expected = theirs.get(name, "nothing"), everywhere[0].get(name, "nothing")
+            if got != expected:
                 raise DistributedError(
                     f"rank {other}, {where}, {name}",
-                    got=theirs.get(name),
-                    expected=f"{value} as on rank 0",
+                    got=got,
+                    expected=f"{expected} as on rank 0",
                     fix="start all ranks with the same files, settings and versions",
                 )
 

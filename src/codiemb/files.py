@@ -19,7 +19,11 @@ from codiemb.errors import CheckpointError, ConfigError
 
 LOCK = ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WRITERS_SAY = (*(f"os error {number})" for number in _NO_ROOM), "PytorchStreamWriter failed")  # safetensors and torch
+_WRITERS_SAY = (  # safetensors and torch
+    *(f"os error {number})" for number in _NO_ROOM),
+    "PytorchStreamWriter failed",
+    "iostream error",
+)
 
 
 def write_whole(path: Path, content: str) -> None:
@@ -114,14 +118,23 @@ def told_of_full_disk(folder: Path, fix: str = "free some disk, then go on with 
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if getattr(error, "errno", None) not in _NO_ROOM and not any(words in str(error) for words in _WRITERS_SAY):
+        if (cause := _of_full_disk(error)) is None:
             raise
         raise CheckpointError(
-            f"writing {getattr(error, 'filename', None) or folder}",
-            got=str(error).splitlines()[0],
+            f"writing {getattr(cause, 'filename', None) or folder}",
+            got=str(cause).splitlines()[0],
             expected="room to write",
             fix=fix,
         ) from error
+
+
+def _of_full_disk(error: BaseException | None) -> BaseException | None:
+    """The error that tells it, which another may hide: torch's writer fails once more when it is closed."""
+    while error is not None:
+        if getattr(error, "errno", None) in _NO_ROOM or any(words in str(error) for words in _WRITERS_SAY):
+            return error
+        error = error.__context__
+    return None
 
 
 def nearest_folder(path: Path) -> Path:

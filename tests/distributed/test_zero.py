@@ -12,10 +12,11 @@ from tests.small_run import assert_equal_weights
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 CODIEMB = ["-m", "codiemb"]
+MOST = 1.5  # norm of the gradients
 
 
 def zero(stage):
-    settings = {"zero_optimization": {"stage": stage}, "gradient_clipping": "auto"}
+    settings = {"zero_optimization": {"stage": stage}}
     if stage == 3:
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return "train.deepspeed=" + json.dumps({**settings, "train_micro_batch_size_per_gpu": "auto"})
@@ -23,8 +24,8 @@ def zero(stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_trains_the_model_of_one_process(eight_steps, tmp_path, stage):
-    """Adam hides a wrong scale of the loss, and clipping does; plain SGD shows it."""
-    settings = [STILL, "train.optim=sgd", "train.max_grad_norm=0"]
+    """Adam hides a wrong scale of the loss; SGD shows it. `max_grad_norm` cuts some steps and others not."""
+    settings = [STILL, "train.optim=sgd", f"train.max_grad_norm={MOST}"]
     train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
     on_two_processes(CODIEMB, "train", str(eight_steps), *settings, zero(stage))
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)

@@ -9,13 +9,14 @@ from codiemb.files import publish
 from codiemb.training.checkpoint import MANIFEST, checkpoints, clean, keep_newest, newest_whole, replace, seal, verify
 
 
-def write(run, step, content=b"weights"):
+def write(run, step, content=b"weights", scheduled=True):
     """As the Trainer does it: written aside, sealed, then named."""
     written = run / ".writing" / f"checkpoint-{step}"
     (written / "1_Pooling").mkdir(parents=True)
     (written / "model.safetensors").write_bytes(content)
     (written / "1_Pooling" / "config.json").write_text("{}")
-    seal(written, step=step, world_size=2, facts={"seed": "42"}, environment={"threads": 2})
+    environment = {"threads": 2, "versions": {}}
+    seal(written, step=step, world_size=2, facts={"seed": "42"}, environment=environment, scheduled=scheduled)
     replace(written, run / f"checkpoint-{step}")
     return run / f"checkpoint-{step}"
 
@@ -23,7 +24,7 @@ def write(run, step, content=b"weights"):
 def test_a_sealed_folder_is_verified_and_says_what_it_is(tmp_path):
     found = verify(write(tmp_path, 7))
     assert (found.path, found.step, found.world_size) == (tmp_path / "checkpoint-7", 7, 2)
-    assert (found.facts, found.environment) == ({"seed": "42"}, {"threads": 2})
+    assert (found.facts, found.environment) == ({"seed": "42"}, {"threads": 2, "versions": {}})
     listed = json.loads((found.path / MANIFEST).read_text())["files"]
     # echo -n weights | sha256sum
     assert listed["model.safetensors"] == {
@@ -58,6 +59,14 @@ def cut_manifest(folder):
     (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:50])
 
 
+def deepen_manifest(folder):
+    (folder / MANIFEST).write_text("[" * 100_000)
+
+
+def no_versions(folder):
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"versions"', '"version"'))
+
+
 def empty_manifest(folder):
     (folder / MANIFEST).write_text("[]")
 
@@ -72,6 +81,8 @@ def empty_manifest(folder):
         (lose_manifest, "manifest.json: got nothing there"),
         (cut_manifest, "manifest.json: got JSONDecodeError"),
         (empty_manifest, "manifest.json: got TypeError"),
+        (deepen_manifest, "manifest.json: got RecursionError"),
+        (no_versions, "manifest.json: got KeyError"),
     ],
 )
 def test_damage_is_found_and_an_older_checkpoint_taken(tmp_path, damage, said):
@@ -124,6 +135,19 @@ def test_the_limit_never_removes_the_checkpoint_just_written(tmp_path, limit, ke
     keep_newest(tmp_path, limit, tmp_path / "checkpoint-40")
     assert {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(tmp_path)} == kept
     assert not list(tmp_path.glob(".removing*"))
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(None, {10, 20, 30}), (2, {20, 30})])
+def test_what_a_signal_left_goes_when_the_next_checkpoint_is_there(tmp_path, limit, kept):
+    """It takes the place of none that is due."""
+    for step in (10, 20):
+        write(tmp_path, step)
+    write(tmp_path, 25, scheduled=False)
+    keep_newest(tmp_path, limit, tmp_path / "checkpoint-25")
+    assert (tmp_path / "checkpoint-25").exists()
+    write(tmp_path, 30)
+    keep_newest(tmp_path, limit, tmp_path / "checkpoint-30")
+    assert {int(path.name.removeprefix("checkpoint-")) for path in checkpoints(tmp_path)} == kept
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):

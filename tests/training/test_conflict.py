@@ -9,9 +9,9 @@ import torch
 
 from codiemb import load_config, train
 from codiemb.batching.loader import StepReader
-from codiemb.errors import CheckpointError, ConfigError
+from codiemb.errors import ConfigError
 from codiemb.training import conflict
-from codiemb.training.conflict import compared, fixed_batches, gradient_of, group_of, written_until
+from codiemb.training.conflict import compared, fixed_batches, gradient_of, group_of
 from codiemb.training.joint import JointModel
 from codiemb.training.run import prepare
 from tests.small_run import assert_equal_weights, small_run
@@ -143,17 +143,6 @@ def test_where_there_are_no_two_gradients_it_is_refused(config_file, overrides, 
     load_config(config_file, overrides)
     with pytest.raises(ConfigError, match=f"train.conflict_every: got 5 .*{words}"):
         load_config(config_file, [*overrides, "train.conflict_every=5"])
-
-
-@pytest.mark.parametrize("line", ['{"step": 4, "cos', "[]", '{"cosine": {}}', '{"step": null}', "[" * 100_000])
-def test_a_damaged_line_is_told_when_a_run_resumes(tmp_path, line):
-    """In one line, with what to do: a traceback would not say that the run itself can go on."""
-    path = tmp_path / "conflict.jsonl"
-    path.write_text('{"step": 0}\n{"step": 2}\n')
-    assert written_until(path, 1) == ['{"step": 0}']
-    path.write_text(f'{{"step": 0}}\n{line}\n')
-    with pytest.raises(CheckpointError, match=r"conflict\.jsonl, line 2.*remove the line, or the file"):
-        written_until(path, 4)
 
 
 def lines_of(run):

@@ -6,6 +6,7 @@ and nothing is made up: a query with fewer positives or negatives than asked for
 
 from __future__ import annotations
 
+import atexit
 import copy
 import signal
 import time
@@ -32,9 +33,9 @@ class StepLoader(DataLoader):
 
     def __init__(self, plan: Plan, reader: StepReader, workers: int = 0) -> None:
         if workers:
-            torch.multiprocessing.set_sharing_strategy(
-                "file_system"
-            )  # a step has more tensors than a shell allows files
+            # A step has more tensors than a shell allows files.
+            torch.multiprocessing.set_sharing_strategy("file_system")
+            atexit.register(_end_workers)
         super().__init__(
             reader,
             batch_sampler=_StepSampler(plan),
@@ -54,6 +55,13 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """torchrun and terminals signal all processes of a group; a worker that died of it would end the step in hand."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """Else a process that ends while they are there waits for ever: multiprocessing asks them by SIGTERM."""
+    for child in torch.multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class _StepSampler:

@@ -100,18 +100,21 @@ def evaluation_of(source: DataSet) -> Evaluation:
     return MTEB if source.mteb else EVALUATIONS[source.task]
 
 
-def require_readable(suite: Sequence[Source]) -> None:
+def require_readable(suite: Sequence[Source]) -> dict[str, str]:
     """Reads every data set once, so that a faulty one is told before anything is encoded or written.
+
+    Returns:
+        The digest of each by name; none of mteb's tasks.
 
     Raises:
         DataError: as the readers.
         EvaluationError: data of mteb's tasks are missing.
     """
     sources = [_data_set(source) for source in suite]
-    for source in sources:
-        if not source.mteb:
-            evaluation_of(source).load(source)
+    own = [source for source in sources if not source.mteb]
+    digests = {source.name: evaluation_of(source).load(source).digest() for source in own}
     require_data([source for source in sources if source.mteb])
+    return digests
 
 
 def average(results: Results, suite: Sequence[Source]) -> dict[str, float]:

@@ -32,6 +32,8 @@ class Checkpoint:
         path: its folder.
         step: optimizer steps done.
         world_size: processes it was written by.
+        scheduled: false: written for a signal only. It goes when the next one is there, so that a run that was stopped
+            ends with the checkpoints, and the merges of them, of one that was not.
         facts: what the run was, see `codiemb.training.facts`.
         environment: versions, device and what else roundings depend on.
     """
@@ -39,6 +41,7 @@ class Checkpoint:
     path: Path
     step: int
     world_size: int
+    scheduled: bool
     facts: dict[str, str]
     environment: dict[str, Any]
 
@@ -72,16 +75,19 @@ def verify(folder: Path) -> Checkpoint:
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         files = {folder / name: (facts["bytes"], facts["sha256"]) for name, facts in content["files"].items()}
-        checkpoint = Checkpoint(
-            folder, content["step"], content["world_size"], dict(content["facts"]), dict(content["environment"])
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        environment = {**content["environment"], "versions": dict(content["environment"]["versions"])}
+        told = content["step"], content["world_size"], content["scheduled"], dict(content["facts"])
+        checkpoint = Checkpoint(folder, *told, environment)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         got = "nothing there" if isinstance(error, FileNotFoundError) else f"{type(error).__name__} ({error})"
         raise _damaged(manifest, got, "the manifest of a complete checkpoint") from None
     if folder.name != f"checkpoint-{checkpoint.step}":
         raise _damaged(manifest, f"step {checkpoint.step}", "the step in the folder's name")
     for path, (size, _) in files.items():
-        found = path.stat().st_size if path.is_file() else None
+        try:
+            found = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            raise _damaged(path, error, "a file that can be read") from None
         if found != size:
             raise _damaged(path, "no file" if found is None else f"{found} bytes", f"{size} bytes")
     with ThreadPoolExecutor() as threads:
@@ -119,15 +125,29 @@ def newest_whole(run: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def keep_newest(run: Path, limit: int | None, whole: Path) -> None:
-    """Removes the oldest checkpoints beyond `limit`; never `whole`, the one that was just written.
+    """Removes older checkpoints that are not of the schedule, and the oldest beyond `limit`; never `whole`, the one
+    that was just written.
 
-    Newer ones than it are damaged: the run went on from before them. They are the first to go.
+    Newer ones than it are damaged: the run went on from before them. With a limit they are the first to go.
     """
     others = [path for path in checkpoints(run) if path != whole]
-    step = int(whole.name.removeprefix("checkpoint-"))
-    older = [path for path in others if int(path.name.removeprefix("checkpoint-")) < step]
-    for path in [] if limit is None else [path for path in others if path not in older[: limit - 1]]:
-        shutil.rmtree(_put_aside(path), ignore_errors=True)
+    older = [path for path in others if step_of(path) < step_of(whole)]
+    kept = [path for path in older if _scheduled(path)][: None if limit is None else limit - 1]
+    for path in others:
+        if path not in kept and (limit is not None or path in older):
+            shutil.rmtree(_put_aside(path), ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _scheduled(checkpoint: Path) -> bool:
+    """As its manifest says; a damaged one is left to those who verify it."""
+    try:
+        return bool(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["scheduled"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return True
 
 
 def clean(run: Path) -> None:

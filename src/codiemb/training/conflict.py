@@ -32,9 +32,9 @@ from codiemb.batching.loader import StepReader
 from codiemb.batching.plan import Plan, Step
 from codiemb.config import Config
 from codiemb.distributed import summed, world_size
-from codiemb.errors import CheckpointError
 from codiemb.files import write_whole
 from codiemb.training.joint import JointModel
+from codiemb.training.metrics import written_until
 
 if TYPE_CHECKING:
     from codiemb.training.trainer import JointTrainer
@@ -82,28 +82,6 @@ class ConflictMeter(TrainerCallback):
         if state.is_world_process_zero:
             write_whole(self.path, "".join(line + "\n" for line in self.lines))
         self.trainer.step_log.restart_clock()  # this is no step's time
-
-
-def written_until(path: Path, step: int) -> list[str]:
-    """The lines of conflict.jsonl up to a step; none without the file.
-
-    Raises:
-        CheckpointError: a line is damaged.
-    """
-    kept: list[str] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"file {path}, line {number}",
-                got=f"{type(error).__name__} ({error})",
-                expected='a JSON object with "step"',
-                fix="remove the line, or the file",
-            ) from None
-    return kept
 
 
 def fixed_batches(reader: StepReader) -> dict[str, list[Any]]:

@@ -93,6 +93,7 @@ def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | No
     made: list[str] = []
     for method in settings.methods:
         out = run / "fused" / method
+        shutil.rmtree(out, ignore_errors=True)  # of a run that was ended here
         if method == "ema":
             assert averaged is not None
             _write_average(averaged, out, settings.ema_decay, run, base)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from codiemb.distributed import total
+from codiemb.errors import CheckpointError
 from codiemb.files import write_whole
 from codiemb.training.clock import PHASES, Clock, seconds_by_phase
 
@@ -73,11 +74,7 @@ class MetricsLog(TrainerCallback):
         self.restart_clock()
         if not state.is_world_process_zero:
             return
-        kept = []
-        if self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = lines[: state.global_step]  # a line a step; what comes after is done again
-        write_whole(self.path, "".join(line + "\n" for line in kept))
+        write_whole(self.path, "".join(line + "\n" for line in written_until(self.path, state.global_step)))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="train", file=sys.stderr)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -151,6 +148,29 @@ class MetricsLog(TrainerCallback):
                 "  (the tokenizer runs beside the steps: they wait for it under data)",
             ]
         )
+
+
+def written_until(path: Path, step: int) -> list[str]:
+    """The lines of a file of steps up to one; none without the file. A last line without its end was being written when
+    its process died, and is left out.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    kept: list[str] = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise CheckpointError(
+                f"file {path}, line {number}",
+                got=f"{type(error).__name__} ({error})",
+                expected='a JSON object with "step"',
+                fix="remove the line, or the file",
+            ) from None
+    return kept
 
 
 def _line(waiting: dict[str, Any]) -> dict[str, Any]:

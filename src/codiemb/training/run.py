@@ -32,14 +32,14 @@ from codiemb.encoder.location import folder_of
 from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, save_encoder
 from codiemb.errors import ConfigError, DataError
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
-from codiemb.files import publish, told_of_full_disk
+from codiemb.files import told_of_full_disk
 from codiemb.fusion.fuse import require_base
 from codiemb.report.facts import Comparison
 from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 from codiemb.training import run_folder
 from codiemb.training.card import write_card
-from codiemb.training.checkpoint import WRITING, clean
+from codiemb.training.checkpoint import WRITING, checkpoints, clean, keep_newest, replace
 from codiemb.training.ema import require_same_mean
 from codiemb.training.facts import facts_of, require_same_run
 from codiemb.training.merging import averaged_encoder, merge_run
@@ -62,6 +62,8 @@ class Prepared:
     plan: Plan
     suite: Sequence[Source]
     dev: Sequence[Source]
+    digests: dict[str, str]  # of suite and dev by name
+    bf16: bool
     report: Report
 
 
@@ -77,13 +79,13 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
             raise DataError(f"source {name!r}", got="one pair", expected="at least two, to be put in order")
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
     dev = load_suite(config.fusion.suite, config.data_root) if config.fusion and config.fusion.suite else []
-    require_readable([*suite, *dev])
+    digests = require_readable([*suite, *dev])
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
     _require_fitting(config, encoder)
     if config.fusion:
         require_base(folder_of(config.model.base), config.fusion.methods)
-    training_arguments(config, encoder.device)  # refuses what transformers would refuse later
+    bf16 = training_arguments(config, encoder.device).bf16  # refuses what transformers would refuse later
     lengths = {name: len(source) for name, source in records.items()}
     plan = Plan(lengths, {name: source.source.task for name, source in records.items()}, config.batching, config.seed)
 
@@ -93,7 +95,7 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
 
     kept = {role: max_length(encoder, role) for role in ROLES}
     report = check(config, records, plan, count_tokens, kept, suite)
-    return Prepared(config, encoder, records, plan, suite, dev, report)
+    return Prepared(config, encoder, records, plan, suite, dev, digests, bf16, report)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -115,6 +117,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     with StopOnSignal(run) as stop, contextlib.ExitStack() as stack, told_of_full_disk(run):
         seen = on_first(lambda: run_folder.content(run))
         checkpoint, passed_over = on_first(lambda: run_folder.find_checkpoint(run, resume, overwrite))
+        stop.newest = checkpoint.path if checkpoint else None
         require_devices(config)
         prepared = prepare(config)
         encoder, suite = prepared.encoder, prepared.suite
@@ -127,7 +130,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         if config.train.save_strategy != "no":
             needed += checkpoint_bytes(encoder, averaged=config.fusion is not None and "ema" in config.fusion.methods)
         run_folder.require_disk(run, needed)
-        agree({**facts, **{f"version of {name}": found for name, found in versions().items()}}, "before the first step")
+        agree({**facts, **_only_compared(prepared)}, "before the first step")
         trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop], checkpoint)
         if config.evaluation.every_steps and suite:
             trainer.add_callback(_EvaluateDuring(trainer, stop, suite, config.evaluation.every_steps))
@@ -141,10 +144,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
 
         with without_head(encoder, config.model):
             base = _evaluate(encoder, suite, run / "eval" / "base", "before training")
-        if checkpoint is not None:
-            stop.newest = checkpoint.path
         if resume:
             logger.info("\n".join([*passed_over, run_folder.resuming_text(run, checkpoint, trainer.environment)]))
+        # Each rank drops other things; the Trainer has seeded all alike, and a checkpoint brings the state of each.
+        torch.manual_seed(config.seed + rank())
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
@@ -172,7 +175,9 @@ def _finish(
     comparison = on_first(lambda: compare_run(run, ["base", "model"])) if suite else None
     if rank() == 0:
         _write_card(run / WRITING / "model", config, prepared, base, trained, comparison)
-        publish(run / WRITING / "model", run / "model")
+        replace(run / WRITING / "model", run / "model")
+        if saved := checkpoints(run):
+            keep_newest(run, config.train.save_total_limit, saved[0])
     barrier()
     stop.model = run / "model"
     fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
@@ -184,6 +189,13 @@ def _finish(
         clean(run)
         report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
+
+
+def _only_compared(prepared: Prepared) -> dict[str, str]:
+    """What all ranks must hold alike, though a run may go on with something else."""
+    found = {f"data set {name!r}": digest for name, digest in prepared.digests.items()}
+    found |= {f"version of {name}": version for name, version in versions().items()}
+    return {**found, "device": prepared.encoder.device.type, "precision": "bf16" if prepared.bf16 else "float32"}
 
 
 def _write_card(
@@ -257,7 +269,7 @@ class _EvaluateDuring(TrainerCallback):
     """Evaluates the suite every so many steps, into eval/step-<n>.
 
     Before the next step begins: a checkpoint of the step is written by then, whatever happens during the evaluation. A
-    signal ends it after the data set in hand; the step that follows is the last.
+    signal ends both after the data set in hand, with a checkpoint; a run that goes on evaluates the rest.
     """
 
     def __init__(self, trainer: JointTrainer, stop: StopOnSignal, suite: Sequence[Source], every: int) -> None:
@@ -268,4 +280,7 @@ class _EvaluateDuring(TrainerCallback):
             step = f"step-{state.global_step}"
             out = Path(args.output_dir) / "eval" / step
             _evaluate(self.trainer.encoder, self.suite, out, f"at {step}", until=self.stop.asked_of_any)
+            if self.stop.asked_of_any():
+                self.trainer.save_now()
+                self.stop.raise_if_asked()
             self.trainer.step_log.restart_clock()

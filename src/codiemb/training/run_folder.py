@@ -14,6 +14,7 @@ from codiemb.files import held, nearest_folder, require_folder, write_whole
 from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
 from codiemb.training.facts import changed
 
+REPORT = "report.html"  # the last to be written: where it is with a model, the run is finished
 RUN_FILES = (
     "config.yaml",
     "plan.json",
@@ -29,7 +30,7 @@ RUN_FILES = (
     "pareto.json",
     "pareto.svg",
     "trials.jsonl",
-    "report.html",
+    REPORT,
     "environment.json",  # the last to go: where it is, an earlier run was
 )
 
@@ -43,7 +44,8 @@ def find_checkpoint(run: Path, resume: bool, overwrite: bool) -> tuple[Checkpoin
         )
     if overwrite:
         return None, []
-    if (run / "model").exists():
+    finished = (run / REPORT).exists() or not checkpoints(run)
+    if finished and (run / "model").exists():
         raise ConfigError(
             f"output_dir {run}",
             got="a finished run",
@@ -90,13 +92,15 @@ def hold(run: Path, stack: contextlib.ExitStack, seen: list[Path]) -> None:
 def begin(run: Path, overwrite: bool, from_start: bool, files: Mapping[str, str]) -> None:
     """Writes what the run is: by name of a file its content. One that starts from the first step keeps no file of an
     earlier run; what lies in a folder where no run was is left alone."""
-    if overwrite or (from_start and (run / "environment.json").exists()):
-        for path in (run / name for name in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     if overwrite:
         for checkpoint in checkpoints(run):
             checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+    if overwrite or (from_start and (run / "environment.json").exists()):
+        for path in (run / name for name in RUN_FILES):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     clean(run)
+    if not from_start:
+        (run / REPORT).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_whole(run / name, content)

@@ -36,15 +36,19 @@ def require_devices(config: Config) -> None:
         )
 
 
-def require_gathering(arguments: TrainingArguments) -> None:
-    """Refuses ZeRO-3 that could not write a whole model.
+def complete_zero(arguments: TrainingArguments) -> None:
+    """Clips under DeepSpeed as without it where its settings do not say; refuses ZeRO-3 that could not write a whole
+    model.
 
     Raises:
         ConfigError: with the setting that lacks.
     """
     zero = getattr(arguments, "hf_deepspeed_config", None)
+    if zero is None:
+        return
+    zero.config.setdefault("gradient_clipping", arguments.max_grad_norm)
     name = "zero_optimization.stage3_gather_16bit_weights_on_model_save"
-    if zero is not None and zero.is_zero3() and not zero.get_value(name):
+    if zero.is_zero3() and not zero.get_value(name):
         raise ConfigError(
             f"train.deepspeed, {name}", got="false", expected="true, because a checkpoint is a whole model"
         )

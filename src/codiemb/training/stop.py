@@ -70,13 +70,10 @@ class StopOnSignal(TrainerCallback):
         return most(self.asked) > 0
 
     def _how_to_go_on(self) -> str:
-        if self.model is not None:
-            return (
-                f"the model is whole, {self.model}; codiemb fuse merges checkpoints, codiemb report writes the report"
-            )
         if self.newest is None:
-            return "no checkpoint was written"
-        return f"the newest checkpoint is {self.newest}; go on with --resume"
+            return "no checkpoint was written" if self.model is None else f"the model is whole, {self.model}"
+        found = f"the newest checkpoint is {self.newest}" if self.model is None else f"the model is whole, {self.model}"
+        return f"{found}; go on with --resume"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = True

@@ -31,7 +31,7 @@ from codiemb.training.ema import Ema
 from codiemb.training.facts import environment_of
 from codiemb.training.joint import JointModel
 from codiemb.training.metrics import MetricsLog
-from codiemb.training.sharding import require_gathering, unused_parameters, whole_encoder
+from codiemb.training.sharding import complete_zero, unused_parameters, whole_encoder
 
 BALANCE_FILE = "balance.json"
 _SET_HERE = {
@@ -93,13 +93,18 @@ class JointTrainer(Trainer):
         self.encoder = encoder
         self.facts = facts
         self.environment = environment_of(arguments, memory.micro_batch_tokens, packed)
-        self.saved_step: int | None = None
+        self.saved_step = before.step if before else None
         self.config = config
         self.rank_check_steps = config.train.rank_check_steps
         self.ahead: Ahead | None = None
 
     def get_train_dataloader(self) -> StepLoader:
         return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """From its last checkpoint a run has no step to go; the Trainer would do one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The next step's tokens, made in a thread while the last steps ran."""
@@ -160,11 +165,23 @@ class JointTrainer(Trainer):
         barrier()
         if self.args.should_save:
             _require_every_rank(written, run)
-            checkpoint.seal(written, step=step, world_size=world_size(), facts=self.facts, environment=self.environment)
+            what = {"facts": self.facts, "environment": self.environment, "scheduled": self._scheduled()}
+            checkpoint.seal(written, step=step, world_size=world_size(), **what)
             checkpoint.replace(written, run / written.name)
             checkpoint.keep_newest(run, self.args.save_total_limit, run / written.name)
         barrier()
         self.saved_step = step
+
+    def _scheduled(self) -> bool:
+        """Whether a checkpoint of this step is due, and not only written for a signal."""
+        strategy, step = self.config.train.save_strategy, self.state.global_step
+        every = len(self.step_reader.plan) if strategy == "epoch" else self.state.save_steps
+        return step == self.state.max_steps or (strategy != "no" and step % every == 0)
+
+    def save_now(self) -> None:
+        """A checkpoint between two steps, unless this step has one."""
+        self._save_checkpoint(self.model, None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.sharded:
@@ -210,7 +227,7 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         raise ConfigError(
             "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
         ) from None
-    require_gathering(arguments)
+    complete_zero(arguments)
     trackers = get_available_reporting_integrations()
     if missing := [name for name in arguments.report_to or () if name not in trackers]:
         raise ConfigError(
