@@ -2,10 +2,12 @@
 
     python benchmarks/chaos.py [--kills 20] [--terms 10] [--seed 0]
 
-On one process and on two (torchrun, gloo), dropout on, a checkpoint every other step: kill -9 of all processes at
-random moments, half of them while a checkpoint is written; SIGTERM; a file of the newest checkpoint cut; the disk full
-while a checkpoint is written (a small tmpfs, else a limit on the size of a file); and with two processes one of them
-killed, one of them stopped. Prints one JSON line for each number of processes; exits 1 if a weight or a step differs.
+On one process (two threads, micro-batches side by side) and on two (torchrun, gloo, with loader workers), dropout on, a
+checkpoint every other step: kill -9 of all processes at random moments, half of them while a checkpoint is written;
+SIGTERM; a file of the newest checkpoint cut; the disk full while a checkpoint is written (a small tmpfs, else a limit on
+the size of a file); with two processes one of them killed, one of them stopped; and after the last step kill -9 while
+the model is evaluated, and while the merges of the checkpoints are. Prints one JSON line for each number of processes;
+exits 1 if a weight of the model or of a merge, or a step, differs.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from codiemb.training.checkpoint import checkpoints, newest_whole
 from codiemb.versions import versions
 
-STEPS, SAVED_EVERY, KEPT = 240, 2, 2
+STEPS, SAVED_EVERY, KEPT = 240, 2, 2  # an epoch has 26 steps, so the last one ends in the middle
+MERGES = ("uniform", "delta")
 SILENCE = 15  # seconds of train.ddp_timeout
 WORDS = [f"w{number}" for number in range(500)]
 
@@ -95,8 +98,13 @@ class Chaos:
             facts.setdefault(trouble.__name__, []).append(found)
             self.say(f"{trouble.__name__}: {found} ({time.monotonic() - began:.0f} s), at {self.steps_written()}")
             assert self.run.joinpath("model").exists() is False, "the run ended before its troubles: raise STEPS"
+        for words in ("evaluation after training", f"evaluation of the merge {MERGES[-1]}"):
+            self.kill_after(words)
+            facts.setdefault("kill_after_the_last_step", []).append(words)
+            self.say(f"killed in the {words}, at {self.steps_written()}")
         self.finish(self.run, "the rest")
-        same, differing = compare(whole / "model", self.run / "model")
+        compared = [compare(whole / name, self.run / name) for name in ("model", *(f"fused/{name}" for name in MERGES))]
+        same, differing = (sum(numbers) for numbers in zip(*compared, strict=True))
         lines = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
         untouched = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         return {
@@ -130,6 +138,13 @@ class Chaos:
             time.sleep(self.random.uniform(0, 0.1))
             kill(process)
         return "killed"
+
+    def kill_after(self, words: str) -> None:
+        """SIGKILL to all processes once these words are said."""
+        with self.start() as process:
+            self.until(process, lambda: self.said_that(words), 300)
+            kill(process)
+        assert not (self.run / "report.html").exists()
 
     def terminate(self) -> str:
         """SIGTERM to what the user started; the processes end by themselves, with a checkpoint."""
@@ -199,7 +214,9 @@ class Chaos:
         command = [sys.executable, "-m", *(torchrun if self.processes > 1 else []), "codiemb", "train"]
         command += [str(self.folder / "config.yaml"), f"output_dir={run}"]
         command += ["--resume"] if (run / "config.yaml").exists() else []
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        command += ["train.dataloader_num_workers=1"] if self.processes > 1 else []
+        environment = {**os.environ, "OMP_NUM_THREADS": str(2 // self.processes), "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONUNBUFFERED"] = "1"
         environment["CODIEMB_CACHE"] = str(self.folder / "cache")
         with self.said.open("w") as said:
             process = psutil.Popen(
@@ -218,8 +235,8 @@ class Chaos:
         assert code == 0, self.said.read_text()
         self.say(f"{what}: {time.monotonic() - began:.0f} s")
 
-    def until(self, process: psutil.Popen, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+    def until(self, process: psutil.Popen, holds: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
         while not holds():
             assert process.poll() is None, self.said.read_text()
             assert time.monotonic() < deadline, self.said.read_text()
@@ -320,6 +337,7 @@ def write_inputs(folder: Path) -> None:
         "train": {"max_steps": STEPS, "bf16": False, "save_steps": SAVED_EVERY, "save_total_limit": KEPT}
         | {"ddp_timeout": SILENCE, "logging_steps": 1},
         "evaluation": {"suite": "suite.yaml"},
+        "fusion": {"method": list(MERGES)},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
 

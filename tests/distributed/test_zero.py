@@ -12,7 +12,7 @@ from tests.small_run import assert_equal_weights
 pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 CODIEMB = ["-m", "codiemb"]
-MOST = 1.5  # norm of the gradients
+MOST = 10  # norm of the gradients, which is 4 to 45 here
 
 
 def zero(stage):
