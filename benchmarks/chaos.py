@@ -4,10 +4,10 @@
 
 On one process (two threads, micro-batches side by side) and on two (torchrun, gloo, with loader workers), dropout on, a
 checkpoint every other step: kill -9 of all processes at random moments, half of them while a checkpoint is written;
-SIGTERM; a file of the newest checkpoint cut; the disk full while a checkpoint is written (a small tmpfs, else a limit on
-the size of a file); with two processes one of them killed, one of them stopped; and after the last step kill -9 while
-the model is evaluated, and while the merges of the checkpoints are. Prints one JSON line for each number of processes;
-exits 1 if a weight of the model or of a merge, or a step, differs.
+SIGTERM; a file of the newest checkpoint cut; the disk full while a checkpoint is written (a small tmpfs, else a limit
+on the size of a file); with two processes one of them killed, one of them stopped; and after the last step kill -9
+while the model is evaluated, and while the merges of the checkpoints are. Prints one JSON line for each number of
+processes; exits 1 if a weight of the model or of a merge, or a step, differs.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ class Chaos:
         torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes), "-m"]
         command = [sys.executable, "-m", *(torchrun if self.processes > 1 else []), "codiemb", "train"]
         command += [str(self.folder / "config.yaml"), f"output_dir={run}"]
-        command += ["--resume"] if (run / "config.yaml").exists() else []
         command += ["train.dataloader_num_workers=1"] if self.processes > 1 else []
+        command += ["--resume"] if (run / "config.yaml").exists() else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(2 // self.processes), "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONUNBUFFERED"] = "1"
         environment["CODIEMB_CACHE"] = str(self.folder / "cache")
