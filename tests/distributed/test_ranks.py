@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from codiemb import load_config, train
 from codiemb.batching.loader import StepReader
 from codiemb.distributed import finish, rank
-from codiemb.errors import DistributedError
+from codiemb.errors import DistributedError, Stopped
+from codiemb.evaluation.similarity import SIMILARITY
+from codiemb.evaluation.suite import EVALUATIONS
 from codiemb.training.joint import JointModel
 from tests.distributed.conftest import DROPOUT, on_two_processes
 
@@ -49,6 +52,17 @@ def test_a_suite_that_differs_is_told(eight_steps, tmp_path):
     assert "rank 1, before the first step, data set 'pairs': got " in (tmp_path / "told-0").read_text()
 
 
+@pytest.mark.slow
+def test_a_signal_to_one_rank_in_an_evaluation_stops_both_with_a_checkpoint(eight_steps, tmp_path):
+    """Of step 2, though checkpoints are due every 4."""
+    evaluation = ["evaluation.suite=suite.yaml", "evaluation.every_steps=2"]
+    on_two_processes([str(HERE)], str(eight_steps), "signal", *evaluation)
+    told = [(tmp_path / f"told-{rank}").read_text() for rank in (0, 1)]
+    assert told == [f"the newest checkpoint is {tmp_path / 'run' / 'checkpoint-2'}; go on with --resume"] * 2
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert len(list((tmp_path / "run" / "eval" / "step-2").glob("*.json"))) == 1
+
+
 def main(config_file, act, *overrides):
     folder, number = Path(config_file).parent, int(os.environ["RANK"])
     forward, read = JointModel.forward, StepReader.__getitem__
@@ -65,6 +79,17 @@ def main(config_file, act, *overrides):
             found["batches"][0]["source"] = "another"
         return found
 
+    def signalled(*arguments):
+        if number == 1 and (folder / "run" / "metrics.jsonl").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SIMILARITY.evaluate(*arguments)
+
+    if act == "signal":
+        os.chdir(folder)
+        EVALUATIONS["similarity"] = SIMILARITY._replace(evaluate=signalled)
+        (folder / "suite.yaml").write_text(
+            str([{"name": name, "task": "similarity", "path": "pairs.jsonl"} for name in ("one", "other")])
+        )
     if act == "states":
         JointModel.forward = noted
     if act == "other plan":
@@ -79,8 +104,8 @@ def main(config_file, act, *overrides):
         overrides += (f"evaluation.suite={folder / f'suite-{number}.yaml'}",)
     try:
         train(load_config(config_file, list(overrides)))
-    except DistributedError as error:
-        (folder / f"told-{rank()}").write_text(str(error))
+    except (DistributedError, Stopped) as error:
+        (folder / f"told-{rank()}").write_text(error.message if isinstance(error, Stopped) else str(error))
     finish()
 
 
