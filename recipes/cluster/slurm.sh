@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:TERM@300            # five minutes before its time is over: write a checkpoint, and queue again
+#SBATCH --signal=B:USR1@300            # five minutes before its time is over: write a checkpoint, and queue again
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
@@ -19,17 +19,22 @@ set -euo pipefail
 export CONFIG=${1:?CONFIG, then OUTPUT_DIR} OUTPUT_DIR=${2:?OUTPUT_DIR after CONFIG}
 export FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export RESUME=$(compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null && echo --resume)
-# export NCCL_SOCKET_IFNAME=ib0       # if the machines have more than one network
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=290   # seconds from the signal to the kill, from torch 2.12; older ones keep 30
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0   # with more than one network; runs on GPUs use both libraries
 
-# One torchrun a machine. A machine that fails takes the others down at once. A signal is passed on to all of them.
-srun --kill-on-bad-exit=1 bash -c 'exec torchrun --shutdown-timeout 290 --nnodes "$SLURM_NNODES" \
-    --node-rank "$SLURM_NODEID" --nproc-per-node gpu --master-addr "$FIRST" --master-port 29500 \
-    -m codiemb train "$CONFIG" "output_dir=\"$OUTPUT_DIR\"" train.ddp_timeout=600 $RESUME' &
-step=$! stopped=no code=0
-trap 'stopped=yes; kill -TERM "$step"' TERM
+# To the step, not to srun, which would kill it. SIGTERM is left alone, so that a job that is cancelled stays so.
+stopped=no
+trap 'stopped=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+
+# One torchrun a machine. A machine that fails takes the others down at once.
+srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" \
+    --nproc-per-node gpu --master-addr "$FIRST" --master-port 29500 \
+    -m codiemb train "$CONFIG" "output_dir=\"$OUTPUT_DIR\"" $RESUME' &
+step=$! code=0
 wait "$step" || code=$?
 if [[ $stopped == yes ]]; then
-    wait "$step" || true
-    scontrol requeue "$SLURM_JOB_ID"
+    code=0
+    wait "$step" || code=$?   # the first was ended by the signal
+    [[ -e $OUTPUT_DIR/model && -e $OUTPUT_DIR/report.html ]] || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -3,10 +3,13 @@
 The programs of the cluster are replaced by small ones, so that the scripts run here to the torchrun they start.
 """
 
+import contextlib
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -31,10 +34,11 @@ def cluster(tmp_path):
     write_programs(tmp_path, PROGRAMS)
 
     def run(*command, **environment):
-        (tmp_path / "calls").unlink(missing_ok=True)
+        (tmp_path / "calls").write_text("")
         path = f"{tmp_path}:{os.environ['PATH']}"
         subprocess.run(command, check=True, env={"PATH": path, "CALLS": str(tmp_path / "calls"), **environment})
-        return [call.split("\0") for call in (tmp_path / "calls").read_text().removesuffix("\0\0").split("\0\0")]
+        calls = (tmp_path / "calls").read_text().removesuffix("\0\0")
+        return [call.split("\0") for call in calls.split("\0\0")] if calls else []
 
     return run
 
@@ -97,17 +101,76 @@ def test_a_script_resumes_where_there_is_a_checkpoint(name, cluster, tmp_path):
     assert [ours.resume for _, ours in calls] == [True, True]
 
 
-def test_slurm_passes_its_signal_on_and_queues_the_job_again(tmp_path):
-    """The job step sends the signal that SLURM would send to the batch script, and ends when it gets it itself."""
-    programs = PROGRAMS | {
-        "srun": "trap 'echo step got TERM >> $CALLS; exit 1' TERM\nkill -TERM $PPID\nsleep 60 & wait"
-    }
-    write_programs(tmp_path, programs)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    names = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "31"}
-    script = [str(CLUSTER / "slurm.sh"), "joint.yaml", str(tmp_path / "run")]
-    subprocess.run(["bash", *script], timeout=30, env={"PATH": path, "CALLS": str(tmp_path / "calls"), **names})
-    assert (tmp_path / "calls").read_text().splitlines() == ["step got TERM", "requeue 31"]
+STEP = """[ "$1" = --kill-on-bad-exit=1 ] && shift
+"$@" &
+trap 'kill -9 $!; exit 137' TERM
+wait $!"""
+TORCHRUN = """trap '%s >> "$CALLS"; exit 1' TERM
+echo $$ > "$CALLS.task"
+for tenth in $(seq 300); do sleep 0.1; done"""
+WRITES = "echo a checkpoint"
+ENDS = 'mkdir -p "$OUTPUT_DIR/model" && touch "$OUTPUT_DIR/report.html" && echo the report'
+
+
+@pytest.fixture
+def slurm_job(tmp_path):
+    """Runs the script as a job until its torchrun has started, and sends it a signal; its exit code and the calls.
+
+    The programs do as those of SLURM: srun kills its tasks when it gets SIGTERM, scancel signals the tasks alone.
+    """
+
+    def run(number, at_sigterm):
+        scancel = 'echo "scancel $*" >> "$CALLS"; kill -TERM "$(cat "$CALLS.task")"'
+        programs = {"srun": STEP, "torchrun": TORCHRUN % at_sigterm, "scancel": scancel}
+        write_programs(tmp_path, PROGRAMS | programs)
+        calls = tmp_path / "calls"
+        names = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "31"}
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), **names}
+        script = ["bash", str(CLUSTER / "slurm.sh"), "joint.yaml", str(tmp_path / "run")]
+        with subprocess.Popen(script, env=environment, start_new_session=True) as job:
+            try:
+                wait_for(tmp_path / "calls.task")
+                job.send_signal(number)
+                code = job.wait(20)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(job.pid, signal.SIGKILL)
+        return code, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+
+
+def test_slurm_stops_the_run_before_its_time_is_over_and_queues_it_again(slurm_job):
+    _, calls = slurm_job(signal.SIGUSR1, WRITES)
+    assert calls == ["scancel --signal=TERM 31", "a checkpoint", "requeue 31"]
+
+
+def test_slurm_does_not_queue_a_finished_run_again(slurm_job):
+    _, calls = slurm_job(signal.SIGUSR1, ENDS)
+    assert calls == ["scancel --signal=TERM 31", "the report"]
+
+
+def test_slurm_does_not_queue_a_cancelled_job_again(slurm_job):
+    assert slurm_job(signal.SIGTERM, WRITES) == (-signal.SIGTERM, [])
+
+
+def test_slurm_sends_the_script_the_signal_that_it_takes():
+    script = (CLUSTER / "slurm.sh").read_text()
+    assert re.search(r"^#SBATCH --signal=B:USR1@300\b", script, re.MULTILINE)
+    assert re.search(r"^trap .* USR1$", script, re.MULTILINE)
+
+
+def test_a_pod_that_comes_back_after_the_end_has_nothing_to_do(cluster, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "report.html").touch()
+    assert run_kubernetes(cluster, tmp_path / "run") == []
 
 
 def test_the_manifest_is_consistent():
@@ -117,9 +180,15 @@ def test_the_manifest_is_consistent():
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
     assert pod["subdomain"] == service["metadata"]["name"]
     assert job["spec"]["completionMode"] == "Indexed"
+    evicted = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget"}]}
+    assert job["spec"]["podFailurePolicy"] == {"rules": [evicted]}
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy asks for it"
     container = pod["containers"][0]
-    nodes = {entry["name"]: entry["value"] for entry in container["env"]}["NODES"]
-    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(nodes)
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(environment["NODES"])
+    assert int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    paths = [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert all(environment[name].startswith(paths[0]) for name in ("CONFIG", "OUTPUT_DIR", "CODIEMB_CACHE"))
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
