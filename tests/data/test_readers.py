@@ -1,8 +1,12 @@
 """Every format gives the same records; what is left out is counted; the cache is used until data changes."""
 
+import errno
+import fcntl
 import gzip
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -328,4 +332,53 @@ def test_a_fault_leaves_nothing_in_the_cache(tmp_path, cache):
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS) * 2000 + b"{broken\n")
     with pytest.raises(DataError, match="line 4001"):
         load_records(retrieval(tmp_path / "a.jsonl"))
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+def load_at_once(start, path, locks, told):
+    """One of several processes; it tells when it reads and what it got."""
+    original = store.read_rows
+
+    def slowly(source):
+        told.put("reads")
+        time.sleep(1)
+        return original(source)
+
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    store.read_rows = slowly
+    if not locks:
+        fcntl.lockf = refused
+    start.wait()
+    try:
+        told.put(len(load_records(retrieval(path))))
+    except DataError:
+        told.put("fault")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rows", "locks", "expected"),
+    [
+        (ROWS, True, [2, 2, "reads"]),
+        (ROWS, False, [2, 2, "reads", "reads"]),
+        ([0], True, ["fault", "fault", "reads", "reads"]),
+    ],
+)
+def test_of_processes_that_start_at_once_one_reads(tmp_path, rows, locks, expected):
+    """After a fault the next one reads, and finds the same; a file system without locks is used without."""
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    spawn = multiprocessing.get_context("spawn")
+    start, told = spawn.Barrier(2), spawn.SimpleQueue()
+    arguments = (start, tmp_path / "a.jsonl", locks, told)
+    processes = [spawn.Process(target=load_at_once, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    found = []
+    while not told.empty():
+        found.append(told.get())
+    assert sorted(found, key=str) == expected

@@ -1,12 +1,14 @@
 """Records on disk: read once, written as Arrow under a cache folder, memory-mapped ever after.
 
 The cache (`$CODIEMB_CACHE`, else `~/.cache/codiemb`) is keyed by the files' paths, sizes and times and by the source's
-settings, written under a temporary name and renamed. Rows never live in Python lists.
+settings, written under a temporary name and renamed. Rows never live in Python lists. Of processes that want the same
+source at once, as the ranks of a first start do, one reads it and the others wait for what it writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -27,6 +29,7 @@ from codiemb.data.beir import beir_records
 from codiemb.data.readers import files_of, is_beir, read_rows
 from codiemb.data.records import Record, RowReader
 from codiemb.errors import DataError
+from codiemb.files import LOCK
 from codiemb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -125,18 +128,33 @@ def load_records(source: Source, *, keep_duplicates: bool = False) -> Records:
         keep_duplicates: keep rows that say the same as an earlier one (evaluation sets are read as they are).
 
     Raises:
-        DataError: a missing, damaged, empty or unsuitable file; nothing is left in the cache.
+        DataError: a missing, damaged, empty or unsuitable file; nothing of it is left in the cache.
     """
     import datasets
 
     stem = cache_folder("records") / _fingerprint(source, keep_duplicates)
     arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
     if not facts.is_file():
-        with _frozen_objects():
-            _write(source, keep_duplicates, arrow, facts)
+        with _turn(stem), _frozen_objects():
+            if not facts.is_file():
+                _write(source, keep_duplicates, arrow, facts)
     counted = json.loads(facts.read_text())
     table = datasets.Dataset.from_file(str(arrow))
     return Records(source, table, counted["rows_read"], counted["dropped"], counted["texts_left_out"])
+
+
+@contextlib.contextmanager
+def _turn(stem: Path) -> Iterator[None]:
+    """Inside, no other process reads the source of `stem`.
+
+    A byte of the folder's lock file stands for a source, so there is one file, which stays. The kernel lets go of it
+    when this process ends, however it ends. A file system without locks is used without.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with (stem.parent / LOCK).open("a") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, int(stem.name[:7], 16))
+        yield
 
 
 @contextlib.contextmanager
@@ -153,7 +171,6 @@ def _frozen_objects() -> Iterator[None]:
 def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> None:
     reader = RowReader(source)
     rows_read = rows_kept = labelled = 0
-    arrow.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arrow.parent, prefix="writing-") as folder:
         partial = Path(folder) / "records.arrow"
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
