@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn
 
 from codiemb.encoder.allocator import keep_memory
-from codiemb.errors import CodiembError, ConfigError, EvaluationError, Stopped
+from codiemb.errors import CodiembError, ConfigError, DistributedError, EvaluationError, Stopped
 from codiemb.files import require_folder
+
+Run = Callable[[argparse.Namespace], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     ours.propagate = False
     ours.handlers = [logging.StreamHandler(sys.stdout)]
-    run: Callable[[argparse.Namespace], None] = parsed.run
+    run: Run = parsed.run
     try:
         run(parsed)
     except (CodiembError, OSError) as error:  # of the system: no right, no room, a name too long
@@ -49,6 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+def _alone(run: Run) -> Run:
+    """A verb of one process; those of torchrun would write the same files."""
+
+    @wraps(run)
+    def checked(arguments: argparse.Namespace) -> None:
+        ranks = os.environ.get("WORLD_SIZE") or "1"
+        if ranks != "1":
+            raise DistributedError(
+                run.__name__, got=f"WORLD_SIZE={ranks}", expected="one process", fix="start it without torchrun"
+            )
+        run(arguments)
+
+    return checked
+
+
 def demo(arguments: argparse.Namespace) -> None:
     from codiemb.demo import CONFIG
 
@@ -57,6 +76,7 @@ def demo(arguments: argparse.Namespace) -> None:
     train(arguments)
 
 
+@_alone
 def check(arguments: argparse.Namespace) -> None:
     from codiemb.config import load_config
 
@@ -76,7 +96,8 @@ def train(arguments: argparse.Namespace) -> None:
     from codiemb.training import run
     from codiemb.training.results import results_table
 
-    with distributed.told_of_lost_ranks():
+    full = "set train.memory_budget to fewer GB, or free the GPU of other processes, then go on with --resume"
+    with distributed.told_of_lost_ranks(), distributed.told_of_full_gpu(full):
         result = run.train(config, resume=arguments.resume, overwrite=arguments.overwrite)
         if distributed.rank() == 0:
             print(f"\n{results_table(result)}\n" if result.suite else "")
@@ -85,7 +106,6 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    from codiemb.config import Train
     from codiemb.suites.suite import load_suite
 
     suite = load_suite(arguments.suite, arguments.data_root)
@@ -101,22 +121,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
     _ready_for_models()
     import torch
 
-    from codiemb import distributed
     from codiemb.encoder.location import locate
     from codiemb.encoder.model import open_model
     from codiemb.evaluation.suite import evaluate_suite, require_readable
 
     located = [locate(model) for model in arguments.models]
     require_readable(suite)
-    say = logging.getLogger("codiemb").info  # on the first rank
-    with distributed.told_of_lost_ranks():
-        distributed.start(Train().ddp_timeout)
+    with _on_all_ranks() as say:
         for name, model in zip(names, located, strict=True):
             say(f"model {model}")
             encoder = open_model(model, dtype=torch.float32)
             evaluate_suite(encoder, suite, Path(arguments.out) / name, bf16=arguments.bf16)
         say(f"results in {arguments.out}")
-        distributed.finish()
 
 
 def encode(arguments: argparse.Namespace) -> None:
@@ -126,15 +142,18 @@ def encode(arguments: argparse.Namespace) -> None:
     _ready_for_models()
     import torch
 
+    from codiemb.distributed import on_first
     from codiemb.encoder.encode_file import encode_file, require_output
     from codiemb.encoder.model import open_model
 
-    require_output(output, input)
-    encoder = open_model(model, dtype=torch.float32)
-    count = encode_file(encoder, input, output, columns=arguments.column, role=arguments.role, bf16=arguments.bf16)
-    print(f"{count} embeddings of {encoder.get_embedding_dimension()} dimensions in {output}")
+    with _on_all_ranks() as say:
+        on_first(lambda: require_output(output, input))
+        encoder = open_model(model, dtype=torch.float32)
+        count = encode_file(encoder, input, output, columns=arguments.column, role=arguments.role, bf16=arguments.bf16)
+        say(f"{count} embeddings of {encoder.get_embedding_dimension()} dimensions in {output}")
 
 
+@_alone
 def compare(arguments: argparse.Namespace) -> None:
     from codiemb.evaluation.comparison import compare, write_comparison
     from codiemb.evaluation.scored import models_of
@@ -152,6 +171,7 @@ def compare(arguments: argparse.Namespace) -> None:
     print(comparison_text(found, arguments.format))
 
 
+@_alone
 def fuse(arguments: argparse.Namespace) -> None:
     from codiemb.encoder.location import folder_of
 
@@ -185,6 +205,7 @@ def fuse(arguments: argparse.Namespace) -> None:
         print(f"model {result.path}, {result.facts['delta_length']:.4g} from the base (l2)")
 
 
+@_alone
 def analyze(arguments: argparse.Namespace) -> None:
     _ready_for_models()
     from codiemb.evaluation import analysis
@@ -214,6 +235,7 @@ def _search(
         print(search.best(trials, arguments.search, settings, 50 if arguments.trials is None else arguments.trials))
 
 
+@_alone
 def report(arguments: argparse.Namespace) -> None:
     from codiemb.report.page import write_report
 
@@ -238,7 +260,22 @@ def _ready_for_models() -> None:
     transformers_logging.disable_progress_bar()
 
 
-Verb = Callable[[Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+@contextlib.contextmanager
+def _on_all_ranks() -> Iterator[Callable[[str], None]]:
+    """Inside, the ranks that torchrun started are joined; gives what prints on the first."""
+    from codiemb import distributed
+    from codiemb.config import Train
+
+    timeout = Train().ddp_timeout
+    lost = "look for the first error on the other machines, then start all of them again"
+    full = "free the GPU of other processes, or use processors with CUDA_VISIBLE_DEVICES="
+    with distributed.told_of_lost_ranks(f"{timeout} s", lost), distributed.told_of_full_gpu(full):
+        distributed.start(timeout)
+        yield logging.getLogger("codiemb").info
+        distributed.finish()
+
+
+Verb = Callable[[Run, str], argparse.ArgumentParser]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -253,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def verb(run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+    def verb(run: Run, help: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(run.__name__, help=help, description=help)
         added.add_argument("--debug", action="store_true", help="show the traceback of an error")
         added.set_defaults(run=run)

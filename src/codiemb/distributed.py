@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from codiemb.errors import CodiembError, DistributedError
+from codiemb.errors import CodiembError, ConfigError, DistributedError
 
 Anything = TypeVar("Anything")
 _PLACE_IN_GLOO = re.compile(r"^\[\S*\] ")
@@ -215,7 +215,10 @@ def start(timeout: int) -> None:
 
 
 @contextlib.contextmanager
-def told_of_lost_ranks() -> Iterator[None]:
+def told_of_lost_ranks(
+    limit: str = "train.ddp_timeout",
+    fix: str = "look for the first error on the other machines, then start all of them again with --resume",
+) -> Iterator[None]:
     """Ends with one line when another rank has died, or is silent for longer than the time-out.
 
     NCCL has a thread of its own that ends the process instead; the torchrun of that machine then says so.
@@ -231,6 +234,20 @@ def told_of_lost_ranks() -> Iterator[None]:
         raise DistributedError(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} on {socket.gethostname()}",
             got=_PLACE_IN_GLOO.sub("", str(error).splitlines()[0]).split(". ")[0],
-            expected="an answer of every rank in time (train.ddp_timeout)",
-            fix="look for the first error on the other machines, then start all of them again with --resume",
+            expected=f"an answer of every rank in time ({limit})",
+            fix=fix,
         ) from error
+
+
+@contextlib.contextmanager
+def told_of_full_gpu(fix: str) -> Iterator[None]:
+    """Ends with one line when this rank's GPU has no memory left.
+
+    Raises:
+        ConfigError: instead of torch's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:3])  # what was asked for and what there is; more follows
+        raise ConfigError("memory of the GPU", got=said, expected="room for what is computed", fix=fix) from error

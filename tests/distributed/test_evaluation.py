@@ -1,10 +1,11 @@
-"""Evaluation on several ranks gives the files and the numbers of one process."""
+"""Evaluation and encoding on several ranks give the files and the numbers of one process."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
-from itertools import chain
+from itertools import chain, product
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,12 +15,15 @@ import torch.distributed as dist
 import yaml
 from sentence_transformers import SentenceTransformer
 
-from codiemb.encoder import engine
+from codiemb import cli
+from codiemb.encoder import encode_file, engine
 from codiemb.encoder.engine import shares
 from codiemb.encoder.tokens import Text
+from codiemb.errors import CodiembError
 from codiemb.evaluation import clustering, retrieval
 from codiemb.evaluation.suite import evaluate_suite
 from codiemb.suites.suite import load_suite
+from tests.small_run import small_run
 
 KEPT = 9  # documents of a ranking, so that the lists of the ranks must be cut when they are put together
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -170,8 +174,8 @@ def test_shares_by_hand():
     assert shares(texts, 1) == [[0, 1, 2, 3, 4]]
 
 
-def run_torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "codiemb"]
+def run_torchrun(*arguments, program=("-m", "codiemb")):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
@@ -201,3 +205,183 @@ def test_a_faulty_suite_ends_both_ranks_with_one_line_each(tiny_model_folder, su
     assert "error: source 'gone'" in done.stderr
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+EVALUATES = """
+import json, os, sys
+from codiemb import distributed, evaluate
+
+metrics = evaluate(*sys.argv[1:])
+with open(f"{sys.argv[3]}/{os.environ['RANK']}", "w") as file:
+    json.dump([distributed.world_size(), metrics], file)
+"""
+
+
+@pytest.mark.slow
+def test_evaluate_from_python_joins_the_ranks(tiny_model_folder, suite_file, tmp_path, monkeypatch):
+    encoder = SentenceTransformer(str(tiny_model_folder), device="cpu")
+    one = evaluate_suite(encoder, load_suite(suite_file), None)
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "script.py").write_text(EVALUATES)
+    (tmp_path / "out").mkdir()
+    arguments = [str(tiny_model_folder), str(suite_file), str(tmp_path / "out")]
+    done = run_torchrun(*arguments, program=(str(tmp_path / "script.py"),))
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        ranks, found = json.loads((tmp_path / "out" / rank).read_text())
+        assert ranks == 2
+        for name in SETS:
+            assert found[name] == pytest.approx(one[name], abs=1e-6)
+
+
+# ---- files of texts ----
+
+TEXTS = {"one": ["a b"], "three": ["a b c d", "b", "c a"], "ten": [*LETTERS[:7], "a b c d", "c a", "b"]}
+
+
+def encoded(model_folder, folder, out):
+    """Embeds `TEXTS` in both formats, 4 at once; how many this process encoded, and what it said of two failures."""
+    counts, said = [], []
+
+    def counting(encoder, own, **more):
+        counts.append(len(own))
+        return one_process(encoder, own, **more)
+
+    def embed(name, output):
+        return encode_file.encode_file(encoder, folder / f"{name}.jsonl", out / output)
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        one_process = engine.encode
+        patch.setattr(engine, "encode", counting)
+        patch.setattr(encode_file, "CHUNK", 4)
+        encoder = SentenceTransformer(str(model_folder), device="cpu")
+        for name, suffix in product(TEXTS, encode_file.OUTPUTS):
+            assert embed(name, f"{name}{suffix}") == len(TEXTS[name])
+        count = sum(counts)
+        for name, words in (("bad", "line 6"), ("ten", "No space left")):
+            with pytest.raises(CodiembError, match=words) as error:
+                embed(name, "none.npy")
+            said.append(str(error.value).replace(str(out), "out"))
+            patch.setattr(encode_file.NumpyFile, "add", no_room)
+    return count, said
+
+
+def encode_on_rank(rank, model_folder, folder, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    torch.save(encoded(model_folder, folder, out), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_files_of_texts_on_two_ranks(tiny_model_folder, tmp_path):
+    """Of three texts a rank has two, of one none; what the first rank cannot read or write ends both."""
+    for name, texts in TEXTS.items():
+        rows = [{"_id": f"{name} {number}", "text": text} for number, text in enumerate(texts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 5 + "{\n")
+    for out in ("one", "two"):
+        (tmp_path / out).mkdir()
+    whole, said = encoded(tiny_model_folder, tmp_path, tmp_path / "one")
+    torch.multiprocessing.spawn(encode_on_rank, (tiny_model_folder, tmp_path, tmp_path / "two"), nprocs=2)
+    ranks = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in range(2)]
+    assert all(messages == said for _, messages in ranks)
+    assert max(encoded for encoded, _ in ranks) < 0.7 * whole
+    files = {f"{name}{suffix}" for name, suffix in product(TEXTS, encode_file.OUTPUTS)}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == files
+    assert {path.name for path in (tmp_path / "two").iterdir()} == files | {"0.pt", "1.pt"}
+    for name, texts in TEXTS.items():
+        one, two = (np.load(tmp_path / out / f"{name}.npy") for out in ("one", "two"))
+        assert one.shape[0] == len(texts)
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+        one, two = (pq.read_table(tmp_path / out / f"{name}.parquet") for out in ("one", "two"))
+        assert two.schema == one.schema
+        assert two["id"].equals(one["id"])
+        one, two = (np.stack(table["embedding"].to_numpy()) for table in (one, two))
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_verb_encode_on_two_ranks(tiny_model_folder, tmp_path):
+    (tmp_path / "in.txt").write_text("a b\nc\na b c d e\n")
+    arguments = ["encode", str(tiny_model_folder), "--input", str(tmp_path / "in.txt"), "--output"]
+    cli.main([*arguments, str(tmp_path / "one.npy")])
+    done = run_torchrun(*arguments, str(tmp_path / "two.npy"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 embeddings of 16 dimensions") == 1
+    np.testing.assert_allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), rtol=0, atol=1e-6)
+    (tmp_path / "in.txt").write_bytes(b"a\n\xff\n")
+    done = run_torchrun(*arguments, str(tmp_path / "three.npy"))
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors
+    assert all("in.txt, line 2: got byte 0xff" in line for line in errors)
+    assert "cli.py" not in done.stderr, "a traceback of ours; torchrun has its own"
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "one.npy", "two.npy"}
+
+
+# ---- one process, and what the verbs say ----
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "config.yaml"],
+        ["compare", "one", "two"],
+        ["fuse", "one", "two", "--base", "base", "--out", "out"],
+        ["analyze", "model", "--texts", "texts.txt", "--out", "out"],
+        ["report", "run"],
+    ],
+)
+def test_verbs_of_one_process_refuse_ranks(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown == f"error: {arguments[0]}: got WORLD_SIZE=2, expected one process, start it without torchrun\n"
+
+
+CUDA_SAYS = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 15.00 MiB is "
+    "free. Of the allocated memory 70.00 GiB is allocated by PyTorch, and 1.00 GiB is reserved. If reserved ..."
+)
+FAILURES = {  # what a rank meets, and the words that every verb must say of it
+    "memory": (torch.OutOfMemoryError(CUDA_SAYS), "of which 15.00 MiB is free, expected"),
+    "lost rank": (dist.DistNetworkError("Connection closed by peer"), "expected an answer of every rank in time"),
+}
+PLACES = {  # where it meets it, and what is to be done
+    "train": ("codiemb.training.run.train", {"memory": "train.memory_budget", "lost rank": "(train.ddp_timeout)"}),
+    "evaluate": ("codiemb.evaluation.suite.evaluate_suite", {"memory": "CUDA_VISIBLE", "lost rank": "(1800 s)"}),
+    "encode": ("codiemb.encoder.encode_file.encode_on_all_ranks", {"memory": "CUDA_VISIBLE", "lost rank": "(1800 s)"}),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("verb", PLACES)
+def test_a_full_gpu_and_a_lost_rank_are_one_line(
+    verb, failure, tiny_model_folder, suite_file, tmp_path, capsys, monkeypatch
+):
+    def fails(*_, **__):
+        raise error
+
+    (error, said), (place, fix) = FAILURES[failure], PLACES[verb]
+    monkeypatch.setattr(place, fails)
+    (tmp_path / "in.txt").write_text("a\n")
+    arguments = {
+        "train": [str(small_run(tmp_path, tiny_model_folder))],
+        "evaluate": [str(tiny_model_folder), "--suite", str(suite_file), "--out", str(tmp_path / "out")],
+        "encode": [str(tiny_model_folder), "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.npy")],
+    }
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, *arguments[verb]])
+    shown = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert shown.count("\n") == 1
+    assert shown.split("\r")[-1].startswith("error: "), "after a progress bar that is gone"
+    assert said in shown
+    assert fix[failure] in shown
+    assert ("--resume" in shown) == (verb == "train")

@@ -137,7 +137,7 @@ def test_lines_are_read_as_they_are_encoded(tiny_encoder, tmp_path, monkeypatch)
         return np_rows(len(texts))
 
     monkeypatch.setattr(module, "read_rows", rows)
-    monkeypatch.setattr(module, "encode", embed)
+    monkeypatch.setattr(module, "encode_on_all_ranks", embed)
     (tmp_path / "in.jsonl").write_text("")
     encode_file(tiny_encoder, tmp_path / "in.jsonl", tmp_path / "out.npy")
     assert seen == [(4, 4), (8, 4), (12, 4), (16, 4), (20, 4)]

@@ -1,5 +1,7 @@
 """The texts of a file -> their embeddings in a file, a chunk at a time: memory does not grow with the file.
 
+Under torchrun every rank calls in: the first reads a chunk and writes it, and all encode their share of it.
+
 input                                         texts
 .jsonl .json .csv .tsv [.gz .zst], .parquet   the columns asked for, joined by a space
 any other [.gz .zst]                          one a line
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
@@ -24,11 +27,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 from numpy.lib import format as npy
 from sentence_transformers import SentenceTransformer
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from codiemb.config import Role, Source
 from codiemb.data.readers import FILE_FORMATS, file_format, read_lines, read_rows
-from codiemb.encoder.engine import encode
+from codiemb.distributed import on_first, rank
+from codiemb.encoder.engine import encode_on_all_ranks
 from codiemb.encoder.model import max_length, prompt
 from codiemb.encoder.tokens import Text
 from codiemb.errors import ConfigError, DataError, short
@@ -56,28 +61,46 @@ def encode_file(
         role: whose prompt and length are used.
 
     Raises:
-        DataError: a line or row that holds no text, with its number; and there is no output then.
+        DataError: on every rank: a line or row that holds no text, with its number; and there is no output then.
     """
     before, length = prompt(encoder, role), max_length(encoder, role)
     texts = read_texts(input, columns)
-    chunks = iter(lambda: list(islice(texts, CHUNK)), [])
+    chunks = iter(lambda: on_first(lambda: list(islice(texts, CHUNK))), [])
     first = next(chunks, None)
     if first is None:
         raise DataError(f"file {input}", got="no text", expected="at least one")
     count = 0
-    with told_of_full_disk(output.parent, "free some disk"), replacing(output) as partial:
+    told = told_of_full_disk(output.parent, "free some disk")
+    with (
+        tqdm(desc=f"encode {input.name}", unit="text", leave=False, disable=rank() > 0) as bar,
+        contextlib.ExitStack() as stack,
+    ):
+        if rank() == 0:
+            writer = told(stack.enter_context)(_written(output))
+
+        @told
+        def write(chunk: list[Item], embeddings: Tensor) -> None:
+            writer.add(embeddings.float().cpu().numpy(), [key for _, key in chunk])
+
+        for chunk in chain([first], chunks):
+            embeddings = encode_on_all_ranks(encoder, [Text(text, before, length) for text, _ in chunk], bf16=bf16)
+            on_first(partial(write, chunk, embeddings))
+            count += len(chunk)
+            bar.update(len(chunk))
+        on_first(told(stack.close))
+    return count
+
+
+@contextlib.contextmanager
+def _written(output: Path) -> Iterator[NumpyFile | ParquetFile]:
+    """What writes `output`, which has its name when it is whole."""
+    with replacing(output) as unfinished:
         with (
-            tqdm(desc=f"encode {input.name}", unit="text", leave=False) as bar,
-            partial.open("wb") as file,
+            unfinished.open("wb") as file,
             contextlib.closing((NumpyFile if output.suffix == ".npy" else ParquetFile)(file)) as writer,
         ):
-            for chunk in chain([first], chunks):
-                embeddings = encode(encoder, [Text(text, before, length) for text, _ in chunk], bf16=bf16)
-                writer.add(embeddings.float().cpu().numpy(), [key for _, key in chunk])
-                count += len(chunk)
-                bar.update(len(chunk))
-        sync(partial)
-    return count
+            yield writer
+        sync(unfinished)
 
 
 def require_output(output: Path, input: Path) -> None:
@@ -100,9 +123,11 @@ def read_texts(path: Path, columns: Sequence[str]) -> Iterator[Item]:
     if not path.is_file():
         raise DataError(f"--input {path}", got="no such file", expected="a file of texts", fix="check the path")
     if file_format(path) not in FILE_FORMATS:
-        return ((line.rstrip("\r\n"), None) for _, line in read_lines(path))
-    rows = read_rows(Source(name="input", task="retrieval", path=str(path)))
-    return (_item(row, where, columns) for where, row in rows)
+        for _, line in read_lines(path):
+            yield line.rstrip("\r\n"), None
+    else:
+        for where, row in read_rows(Source(name="input", task="retrieval", path=str(path))):
+            yield _item(row, where, columns)
 
 
 def _item(row: dict[str, Any], where: str, columns: Sequence[str]) -> Item:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from codiemb.config import Source
+from codiemb.config import Source, Train
+from codiemb.distributed import start
 from codiemb.encoder.location import locate
 from codiemb.encoder.model import open_model
 from codiemb.errors import EvaluationError
@@ -19,7 +20,7 @@ from codiemb.suites.suite import load_suite
 def evaluate(
     model: str | Path | Encoder, suite: str | Path | Sequence[Source], out: str | Path | None = None
 ) -> Results:
-    """Metrics by data set, as fractions.
+    """Metrics by data set, as fractions; under torchrun every rank calls in, and all get them.
 
     Args:
         model: a folder, a hub id, `bundled:NAME`, a SentenceTransformer (its prompts and lengths are used), or any
@@ -30,6 +31,7 @@ def evaluate(
     Raises:
         CodiembError: a mistake in the suite, its data or the model.
     """
+    start(Train().ddp_timeout)
     sources = load_suite(suite) if isinstance(suite, str | Path) else list(suite)
     if not isinstance(model, str | Path) and not callable(getattr(model, "encode", None)):
         raise EvaluationError("model", got=f"a {type(model).__name__}", expected="an object with `encode`")
