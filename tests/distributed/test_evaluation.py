@@ -234,6 +234,57 @@ def test_evaluate_from_python_joins_the_ranks(tiny_model_folder, suite_file, tmp
             assert found[name] == pytest.approx(one[name], abs=1e-6)
 
 
+# ---- tasks of mteb ----
+
+
+def evaluated_by_mteb(model_folder, suite_file, out):
+    """Metrics by task, how many texts this process encoded in each call, and how often it had mteb evaluate."""
+    import mteb
+    from mteb.get_tasks import _TASKS_REGISTRY
+
+    from tests.evaluation.test_mteb import TASKS, OurReranking
+
+    calls = []
+
+    def counting(*arguments, **more):
+        calls.append(arguments)
+        return theirs(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for task in (*TASKS, OurReranking):
+            patch.setitem(_TASKS_REGISTRY, task.metadata.name, task)
+        theirs = mteb.evaluate
+        patch.setattr(mteb, "evaluate", counting)
+        return *evaluated(model_folder, suite_file, out), len(calls)
+
+
+def mteb_on_rank(rank, ranks, model_folder, suite_file, out):
+    dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=ranks)
+    torch.save(evaluated_by_mteb(model_folder, suite_file, out / str(rank)), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_tasks_of_mteb_on_two_ranks(tiny_model_folder, tmp_path, monkeypatch):
+    """Texts are shared out; mteb's data and metrics are the first rank's."""
+    pytest.importorskip("mteb", reason="mteb is not installed (the extra mteb)")
+    names = ["OurSearch", "OurSTS", "OurPairs", "OurClasses", "OurClusters", "OurReranking"]
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump([{"mteb": name} for name in names]))
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path / "cache of one"))
+    one, whole, _ = evaluated_by_mteb(tiny_model_folder, tmp_path / "suite.yaml", tmp_path / "one")
+    monkeypatch.setenv("CODIEMB_CACHE", str(tmp_path / "cache of two"))
+    arguments = (2, tiny_model_folder, tmp_path / "suite.yaml", tmp_path)
+    torch.multiprocessing.spawn(mteb_on_rank, arguments, nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    assert [times for _, _, times in ranks] == [len(names), 0]
+    for metrics, _, _ in ranks:
+        for name in names:
+            assert metrics[name] == pytest.approx(one[name], abs=2e-5), name  # mteb rounds some to five places
+    for texts, *parts in zip(whole, *(encoded for _, encoded, _ in ranks), strict=True):
+        assert sum(parts) == texts
+        assert max(parts) - min(parts) <= 1
+
+
 # ---- files of texts ----
 
 TEXTS = {"one": ["a b"], "three": ["a b c d", "b", "c a"], "ten": [*LETTERS[:7], "a b c d", "c a", "b"]}

@@ -1,4 +1,7 @@
-"""A task of mteb, run by mteb with our encoder: its prompts, lengths and micro-batches, on all ranks."""
+"""A task of mteb, run by mteb with our encoder: its prompts, lengths and micro-batches.
+
+mteb runs on the first rank, which hands the texts of each call to the others; all encode their share.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ import torch
 from mteb.models.model_meta import ModelMeta
 from mteb.models.search_wrappers import SearchEncoderWrapper
 
-from codiemb.distributed import rank
+from codiemb.distributed import from_first, rank
 from codiemb.evaluation import reranking, retrieval
 from codiemb.evaluation.mteb_tasks import MtebTask, open_task
 from codiemb.evaluation.scores import Encoder, Scores, embed_all, texts_of
@@ -51,8 +54,15 @@ class MtebModel:
     def encode(self, inputs: Any, *, prompt_type: Any = None, **_: Any) -> np.ndarray:
         role: Role = prompt_type.value if prompt_type is not None else "similarity"
         texts = [text for batch in inputs for text in batch["text"]]
-        found = embed_all(self.encoder, self.name, texts_of(self.encoder, texts, role), self.bf16, normalize=False)
-        return found.cpu().numpy()
+        return self.embed(*from_first((texts, role))).cpu().numpy()
+
+    def embed(self, texts: list[str], role: Role) -> torch.Tensor:
+        return embed_all(self.encoder, self.name, texts_of(self.encoder, texts, role), self.bf16, normalize=False)
+
+    def help_first(self) -> None:
+        """On another rank: encodes its share of all that the first is asked for."""
+        while (call := from_first(None)) is not None:
+            self.embed(*call)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         return _normal(embeddings1) @ _normal(embeddings2).T
@@ -76,9 +86,12 @@ class MtebSearch(SearchEncoderWrapper):
 
 def run(encoder: Encoder, source: DataSet, data: MtebTask, bf16: bool) -> Scores | None:
     """The task's scores: means over its splits and subsets; None but on the first rank."""
+    model: Any = MtebModel(encoder, source.name, bf16)
+    if rank() > 0:
+        model.help_first()
+        return None
     task = open_task(source)
     task.load_data()
-    model: Any = MtebModel(encoder, source.name, bf16)
     searched = source.task in ("retrieval", "reranking")
     encoding: Any = {"batch_size": _BATCH, "show_progress_bar": False}
     model = MtebSearch(model) if searched else model
@@ -92,9 +105,8 @@ def run(encoder: Encoder, source: DataSet, data: MtebTask, bf16: bool) -> Scores
             encode_kwargs=encoding,
             prediction_folder=None if searched else folder,
         )
+        from_first(None)
         by_part = [scores for split in result.task_results[0].scores.values() for scores in split]
-        if rank() > 0:
-            return None
         if searched:
             items = _queries(task, model.found, retrieval.METRICS if source.task == "retrieval" else reranking.METRICS)
         elif source.task in ("similarity", "pair_classification"):
