@@ -101,13 +101,15 @@ class _Job:
             self.outputs = outputs
         return tuple(output.detach() for output in outputs)
 
-    def backward(self, weights: Sequence[Tensor], gradients: Outputs) -> tuple[Tensor | None, ...]:
-        """The gradients of the weights; what was kept for them is freed."""
+    def backward(self, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """The gradients of the weights; what was kept for them is freed. None stands for an output without use."""
         if self.outputs is None:
             self.forward(keep=True)
         outputs, self.outputs = self.outputs, None
         assert outputs is not None
-        return torch.autograd.grad(outputs, weights, gradients, allow_unused=True)
+        used = [output for output, gradient in zip(outputs, gradients, strict=True) if gradient is not None]
+        given = [gradient for gradient in gradients if gradient is not None]
+        return torch.autograd.grad(used, weights, given, allow_unused=True)
 
 
 class _SideBySide(torch.autograd.Function):
@@ -116,14 +118,16 @@ class _SideBySide(torch.autograd.Function):
         with inside(), _workers(len(jobs)) as workers:
             keep = [number >= cached for number in range(len(jobs))]
             outputs = list(workers.map(_Job.forward, jobs, keep))
+        ctx.set_materialize_grads(False)  # weights that only an output without use depends on have no gradient, not 0
         ctx.jobs, ctx.inside, ctx.weights = jobs, inside, weights
         ctx.rows = [len(of_job[0]) for of_job in outputs]
         return tuple(torch.cat(column) for column in zip(*outputs, strict=True))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        by_job = list(zip(*(gradient.split(ctx.rows) for gradient in gradients), strict=True))
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        parts = ([None] * len(ctx.jobs) if gradient is None else gradient.split(ctx.rows) for gradient in gradients)
+        by_job = list(zip(*parts, strict=True))
         totals: list[Tensor | None] = [None] * len(ctx.weights)
         waiting: deque[Future[tuple[Tensor | None, ...]]] = deque()
 
