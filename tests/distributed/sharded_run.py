@@ -1,10 +1,12 @@
 """`codiemb train` with FSDP2 on processors: torch can, accelerate takes the setting for granted on GPUs only.
 
-Started by torchrun from test_sharded.py. Accelerate is told that this is FSDP; all the rest is the real run.
+Started by torchrun from test_sharded.py. Accelerate is told that this is FSDP; all the rest is the real run. With
+ZeRO, from test_zero.py, it is told nothing.
 """
 
 import sys
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 
@@ -24,10 +26,13 @@ def sharded(self, *args, fsdp_plugin=None, **kwargs):
         fsdp_plugin.set_mixed_precision(self.state._mixed_precision)
 
 
-Accelerator.__init__ = sharded
+if "train.fsdp=true" in sys.argv:
+    Accelerator.__init__ = sharded
 run.require_devices = lambda config: None
 if "--one-by-one" in sys.argv:  # a text a micro-batch, so that a rank with three rows runs more of them than with two
     memory.micro_batch_tokens = lambda encoder: 1
+if "--two-threads" in sys.argv:
+    torch.set_num_threads(2)
 if "--cached" in sys.argv:
     memory.Memory.cached = lambda self, micro_batches: len(micro_batches) - 1
 overrides = [value for value in sys.argv[2:] if not value.startswith("--")]

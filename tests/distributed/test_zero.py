@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed")
 CODIEMB = ["-m", "codiemb"]
 MOST = 10  # norm of the gradients, which is 4 to 45 here
+ONE_BY_ONE = [str(Path(__file__).with_name("sharded_run.py"))]
 
 
 def zero(stage):
@@ -28,6 +30,18 @@ def test_zero_trains_the_model_of_one_process(eight_steps, tmp_path, stage):
     settings = [STILL, "train.optim=sgd", f"train.max_grad_norm={MOST}"]
     train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
     on_two_processes(CODIEMB, "train", str(eight_steps), *settings, zero(stage))
+    assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
+
+
+def test_zero_with_threads_and_micro_batches_that_differ_in_number(eight_steps, tmp_path):
+    """Weights are exchanged in each micro-batch, in one order on all ranks; threads of a rank would mix it up.
+
+    With batches of one query the second rank has no row of it.
+    """
+    settings = [STILL, "batching.retrieval.batch_size=1", "train.optim=sgd", "train.max_grad_norm=0"]
+    train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
+    several = ["train.ddp_timeout=60", "--one-by-one", "--two-threads"]
+    on_two_processes(ONE_BY_ONE, str(eight_steps), *settings, zero(3), *several)
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
 
 

@@ -128,10 +128,13 @@ def test_an_error_in_a_thread_comes_out(encoder):
 
 
 def test_when_it_pays(encoder):
-    """Never with random numbers that no seed of a micro-batch decides."""
+    """Never with random numbers that no seed of a micro-batch decides, nor with weights that ranks exchange."""
     many = [{}, {}]
     assert threads.pays(encoder, many)
     assert not threads.pays(encoder, many[:1])
+    encoder.sharded = True
+    assert not threads.pays(encoder, many)
+    encoder.sharded = False
     encoder.gradient_checkpointing_enable()
     assert not threads.pays(encoder, many)
     encoder[0].model.gradient_checkpointing_disable()

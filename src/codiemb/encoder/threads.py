@@ -65,10 +65,10 @@ def pays(encoder: SentenceTransformer, micro_batches: Sequence[Any]) -> bool:
 
 def at_once(encoder: SentenceTransformer) -> int:
     """How many micro-batches of this encoder may run at once: on a processor as many as it has threads, with no random
-    numbers but those that a job has a seed for."""
+    numbers but those that a job has a seed for, and no weights that ranks exchange in one order (`sharded`)."""
     config = getattr(encoder[0], "config", None)
     ours = encoder.device.type == "cpu" and getattr(config, "_attn_implementation", None) == cpu.ATTENTION
-    alone = any(
+    alone = getattr(encoder, "sharded", False) or any(
         getattr(module, "gradient_checkpointing", False) or (type(module) is nn.Dropout and module.p)
         for module in encoder.modules()
     )

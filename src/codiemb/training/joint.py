@@ -65,10 +65,11 @@ class JointModel(nn.Module):
             micro_batches: the tokens of all texts.
         """
         place = torch.cat([batch["place"] for batch in batches])
-        cached = 0 if self.memory is None else self.memory.cached(micro_batches)
         if self.sharded:  # what is done again to keep step with other ranks stands behind, where no text has its place
             again = most(len(micro_batches)) - len(micro_batches)
             micro_batches = micro_batches + again * micro_batches[-1:]
+        cached = 0 if self.memory is None else self.memory.cached(micro_batches)
+        if self.sharded:
             cached = most(cached)  # what runs again exchanges weights again
         middle = any(self._takes_middle(batch["task"]) for batch in batches)
         final, hidden = embed(self.encoder, micro_batches, place, middle, cached)

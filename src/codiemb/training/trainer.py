@@ -73,6 +73,7 @@ class JointTrainer(Trainer):
         if config.train.gradient_checkpointing:
             encoder.gradient_checkpointing_enable()
         self.sharded = bool(config.train.fsdp or config.train.deepspeed)
+        encoder.sharded = self.sharded  # type: ignore[assignment]  # for threads.at_once, before memory is planned
         for parameter in idle_parameters(encoder) + (unused_parameters(encoder) if self.sharded else []):
             parameter.requires_grad_(False)
         shards = world_size() if self.sharded else 1
