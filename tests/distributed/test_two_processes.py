@@ -1,6 +1,7 @@
 """Two and four processes with a slice each give every gradient of one process on the whole batch, cached or not."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from sentence_transformers import SentenceTransformer
 
+from codiemb import distributed
 from codiemb.batching.loader import StepReader
 from codiemb.batching.plan import Batch, Plan, Step
 from codiemb.config import Batching, Losses, Source
@@ -20,7 +22,7 @@ QUERIES = [  # ragged, with a document that is the positive of one query and the
     {"query": "abc", "positives": ["abd", "xyz"], "negatives": ["mno", "pq"]},
     {"query": "codi", "positives": ["emb"], "negatives": []},
     {"query": "one", "positives": ["two", "three", "four"], "negatives": ["emb"]},
-    {"query": "left", "positives": ["right"], "negatives": ["up", "down", "abd"]},
+    {"query": "left", "positives": ["right"], "negatives": ["up", "down", "abd", "in", "out"]},
     {"query": "long query text", "positives": ["short"], "negatives": ["mno"]},
 ]
 PAIRS = [("ab", "ba", 1.0), ("cd", "dc", 0.2), ("ef", "xx", 1.0), ("gh", "hgh", 0.6), ("ij", "ba", 0.2)]
@@ -34,8 +36,14 @@ def step(**rows):
 RAGGED = step(queries=[4, 0, 2, 1, 3])
 STEPS = {  # what a step holds, and settings of the losses
     "ragged queries": (RAGGED, {}),
-    "one positive, no negatives": (RAGGED, {"drawn": {"positives": 1, "negatives": 0}}),
-    "all positives, four negatives": (RAGGED, {"drawn": {"positives": 3, "negatives": 4}}),
+    **{
+        f"at most {positives} positives, {negatives} negatives": (
+            RAGGED,
+            {"drawn": {"positives": positives, "negatives": negatives}},
+        )
+        for positives in (1, 3)
+        for negatives in (0, 4)
+    },
     "same slot": (RAGGED, {"candidates": "same_slot"}),
     "in chunks": (RAGGED, {"chunk_size": 3}),
     "hardness and margin": (RAGGED, {"hardness": 2, "false_negative_margin": 0.05}),
@@ -45,6 +53,11 @@ STEPS = {  # what a step holds, and settings of the losses
     "triplets": (RAGGED, {"type": "triplet"}),
     "graded lists": (RAGGED, {"type": "list_softmax"}),
     "pairs": (step(pairs=[0, 1, 2, 3, 4]), {}),
+    "pairs, lists of all": (
+        step(pairs=[0, 1, 2, 3, 4]),
+        {"pairs": {"list_net": 1, "list_mle": 1, "rank_net": 1, "lambda_rank": 1, "cosine_mse": 1}},
+    ),
+    "pairs, sum": (step(pairs=[0, 1, 2, 3, 4]), {"pairs": {"rank_kl": 1, "reduction": "sum"}}),
     "pairs, other losses": (
         step(pairs=[0, 1, 2, 3, 4]),
         {"pairs": {"cosent": 1, "angle": 1, "soft_spearman": 1, "info_nce": 1, "mid_nce_temperature": 0.5}},
@@ -96,7 +109,8 @@ def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", 
         model = JointModel(encoder, losses, MEMORIES[memory])
         model.zero_grad(set_to_none=True)
         inputs = reader[taken]
-        outputs = model(inputs["batches"], inputs["micro_batches"])
+        with mock.patch.object(distributed, "_all_rows", wraps=distributed._all_rows) as exchange:
+            outputs = model(inputs["batches"], inputs["micro_batches"])
         loss = outputs["loss"]
         loss.backward()
         gradients = {}
@@ -110,6 +124,7 @@ def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", 
             "gradients": gradients,
             "rows": [batch["rows"] for batch in inputs["batches"]],
             "micro_batches": len(inputs["micro_batches"]),
+            "exchanges": exchange.call_count,
             "random": torch.rand(1).item(),
             "candidates": [float(one["candidates"] or 0) for one in outputs["objectives"]],
         }
@@ -172,3 +187,10 @@ def test_every_rank_has_its_own_rows(runs):
     assert sorted(rows["one query for all ranks"]) == [[0], [1]]
     assert sorted(rows["one query and all pairs"])[0][0] == 0
     assert sorted(run["ragged queries"]["rows"] for run in runs[4, "cached"]) == [[1], [1], [1], [2]]
+
+
+@pytest.mark.slow
+def test_exchanges_of_a_step(runs):
+    """Pairs: labels and ids, cosines, the middle layer. Queries: what is listed, documents; a list needs no other."""
+    expected = {"pairs": 3, "ragged queries": 2, "symmetric": 4, "graded lists": 0, "one query and all pairs": 5}
+    assert {name: runs[2, "direct"][0][name]["exchanges"] for name in expected} == expected

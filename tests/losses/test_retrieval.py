@@ -178,6 +178,21 @@ def test_compiled_gives_the_same(chunk_size):
     assert_equal(found, with_gradients(info_nce(*inputs, **options), *inputs))
 
 
+@pytest.mark.parametrize("candidates", CANDIDATES)
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_of_the_queries_of_all_ranks_only_those_with_terms_are_scored(candidates, chunk_size, monkeypatch):
+    """Queries 1 and 2 are this rank's and have four terms; in the other direction each term is scored by all five."""
+    docs, inputs = ragged(), embeddings(16)
+    docs = replace(docs, owner=torch.where((docs.owner == 1) | (docs.owner == 2), docs.owner, -1))
+    seen = []
+    monkeypatch.setattr(retrieval, "contrast", lambda *a: seen.append((len(a[0]), len(a[1]))) or tiles.contrast(*a))
+    expected = naive_info_nce(*inputs, docs, 0.3, candidates, symmetric=True)
+    settings = {"temperature": 0.3, "candidates": candidates, "symmetric": True, "chunk_size": chunk_size}
+    found = info_nce(*inputs, **vars(docs), **settings)
+    assert_equal(with_gradients(found, *inputs), with_gradients(expected, *inputs))
+    assert seen == [(2 if candidates == "all" else 4, 16), (4, 5)]
+
+
 @pytest.mark.parametrize("loss", ["plain", "chunks", "triplet", "list_softmax"])
 def test_autocast_rounds_no_score(loss):
     """Scores in bf16 over t = 0.02 are wrong by 0.2; with chunks the backward pass would divide by another sum."""

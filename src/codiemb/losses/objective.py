@@ -33,7 +33,11 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Lists:
-    """Queries with ragged documents; fields as in `info_nce`, scores as in `list_softmax`."""
+    """Queries with ragged documents; fields as in `info_nce`.
+
+    Attributes:
+        scores: as in `list_softmax`, which alone needs them; under several processes of this rank's lists only.
+    """
 
     queries: Float[Tensor, "query dim"]
     documents: Float[Tensor, "document dim"]
@@ -41,7 +45,7 @@ class Lists:
     positive: Bool[Tensor, " document"]
     slot: Int[Tensor, " document"]
     document_ids: Int[Tensor, " document"]
-    scores: Float[Tensor, " document"]
+    scores: Float[Tensor, " listed"]
     relevant: Int[Tensor, "pair 2"]
     groups: Groups | None = None
 
@@ -124,7 +128,7 @@ PAIR_LOSSES: dict[str, Callable[[Pairs, Settings], Tensor]] = {
     "mid_nce": lambda batch, settings: _pair_nce(batch, batch.left_middle, batch.right_middle, settings),
     "cosent": lambda batch, settings: cosent(batch.cosine, batch.target, **_some(settings, "temperature")),
     "angle": lambda batch, settings: angle(
-        batch.gather(batch.left), batch.gather(batch.right), batch.target, **_some(settings, "temperature")
+        *_gathered(batch, batch.left, batch.right), batch.target, **_some(settings, "temperature")
     ),
     "list_net": lambda batch, settings: list_net(batch.cosine, batch.target, **_some(settings, "temperature")),
     "list_mle": lambda batch, settings: list_mle(batch.cosine, batch.target, **_some(settings, "temperature")),
@@ -227,14 +231,19 @@ def _pair_nce(batch: Pairs, left: Tensor | None, right: Tensor | None, settings:
     assert left is not None
     assert right is not None
     return mid_nce(
-        batch.gather(_unit(left)),
-        batch.gather(_unit(right)),
+        *_gathered(batch, _unit(left), _unit(right)),
         batch.target,
         left_ids=batch.left_ids,
         right_ids=batch.right_ids,
         threshold=settings["mid_nce_threshold"],
         temperature=settings["mid_nce_temperature"],
     )
+
+
+def _gathered(batch: Pairs, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides of all pairs, in one exchange."""
+    left, right = batch.gather(torch.cat([left, right], dim=1)).chunk(2, dim=1)
+    return left, right
 
 
 def _unit(embeddings: Tensor) -> Tensor:

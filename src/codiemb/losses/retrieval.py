@@ -92,19 +92,17 @@ def info_nce(
     row = owner[term]
     ids = torch.arange(len(documents), device=owner.device) if document_ids is None else document_ids
     known = _known(row, ids[term], relevant)
+    asking = _asking(row)
 
     # The denominator's sum depends on the query alone, unless slots or a margin tell its positives apart.
-    if candidates == "all" and false_negative_margin is None:
-        anchors, anchor = queries, row
-    else:
-        anchors, anchor = queries[row], torch.arange(len(term), device=row.device)
-
-    everyone = slice(0, len(queries))
+    once = candidates == "all" and false_negative_margin is None
+    anchors = queries[asking] if once else queries[row]
+    anchor = row - asking.start if once else torch.arange(len(term), device=row.device)
 
     def candidate(columns: slice) -> Tensor:
-        excluded = _relevance(known, everyone, ids[columns]) | _strangers(groups, everyone, columns)
-        if anchors is not queries:
-            excluded = excluded[row]
+        excluded = _relevance(known, asking, ids[columns]) | _strangers(groups, asking, columns)
+        if not once:
+            excluded = excluded[row - asking.start]
         if candidates == "same_slot":
             assert slot is not None
             excluded |= positive[columns] & (slot[columns] != slot[term][:, None])
@@ -233,9 +231,10 @@ def count_candidates(
     ids = torch.arange(len(owner), device=owner.device) if document_ids is None else document_ids
     known = _known(row, ids[term], relevant)
     count = torch.zeros(len(term), device=owner.device)
+    asking = _asking(row)
     for columns in blocks(len(owner), chunk_size):
-        everyone = slice(0, queries)
-        excluded = (_relevance(known, everyone, ids[columns]) | _strangers(groups, everyone, columns))[row]
+        excluded = _relevance(known, asking, ids[columns]) | _strangers(groups, asking, columns)
+        excluded = excluded[row - asking.start]
         if candidates == "same_slot" and slot is not None:
             excluded |= positive[columns] & (slot[columns] != slot[term][:, None])
         count += (~excluded).sum(dim=1)
@@ -254,6 +253,11 @@ def count_queries(
 def _terms(owner: Tensor, positive: Tensor) -> Int[Tensor, " term"]:
     """The documents that are a positive of a query given: one term each."""
     return (positive & (owner >= 0)).nonzero().flatten()
+
+
+def _asking(row: Int[Tensor, " term"]) -> slice:
+    """The queries that have terms, and those between them: of the queries of all ranks, this rank's."""
+    return slice(int(row.min()), int(row.max()) + 1) if len(row) else slice(0, 0)
 
 
 def _known(row: Tensor, ids: Tensor, relevant: Tensor | None) -> Int[Tensor, "pair 2"]:

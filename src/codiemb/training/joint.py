@@ -108,46 +108,46 @@ class JointModel(nn.Module):
         with torch.autocast(final.device.type, enabled=False):
             embeddings = _lists(final, batch, settings) if shape == "lists" else _pairs(final, hidden, batch)
             if isinstance(embeddings, Lists) and settings["type"] == "info_nce" and settings["chunk_size"] is None:
-                settings = {**settings, "chunk_size": _columns(embeddings, len(batch["owner"]))}
+                settings = {**settings, "chunk_size": _columns(embeddings, max(batch["rows"], len(batch["owner"])))}
             if prefixes := self.losses["matryoshka"]:
                 weights = prefixes["weights"] or [1.0] * len(prefixes["dims"])
                 return matryoshka(SHAPES[shape], embeddings, settings, prefixes["dims"], weights)
             return SHAPES[shape](embeddings, settings)
 
 
-def _columns(batch: Lists, listed: int) -> int | None:
-    """Columns of scores held at once where all would be many; `listed` bounds the terms of this rank's queries."""
-    rows = max(len(batch.queries), listed, 1)
-    return None if rows * len(batch.documents) <= _MOST_SCORES else max(1, _MOST_SCORES // rows)
+def _columns(batch: Lists, rows: int) -> int | None:
+    """Columns of scores held at once where all would be many; `rows` bounds this rank's queries and their terms."""
+    return None if rows * len(batch.documents) <= _MOST_SCORES else max(1, _MOST_SCORES // max(rows, 1))
 
 
 def _lists(final: Tensor, batch: dict[str, Any], settings: dict[str, Any]) -> Lists:
     """This rank's queries with the documents of all ranks; those of others have the owner -1."""
     rows, first, relevant = batch["rows"], batch["first_row"], batch["relevant"]
+    queries, documents = final[:rows], final[rows:]
+    if settings["type"] == "list_softmax":  # a list is scored by itself
+        fields = ("owner", "positive", "slot", "document_ids", "scores", "relevant")
+        return Lists(queries, documents, *(batch[name] for name in fields))
     listed = torch.stack([batch["owner"] + first, batch["positive"], batch["slot"], batch["document_ids"]], dim=1)
-    listed, place = joined(listed)
-    row, positive, slot, document_ids = listed.unbind(dim=1)
+    row, positive, slot, document_ids = joined(listed)[0].unbind(dim=1)
     mine = (row >= first) & (row < first + rows)
-    scores = batch["scores"].new_zeros(len(row))
-    scores[place : place + len(batch["scores"])] = batch["scores"]  # a list is scored by its own rank only
-    query_row = first + torch.arange(rows, device=row.device)
-    queries = final[:rows]
     if settings["symmetric"]:  # a positive is set against the queries of all ranks
-        queries, query_row = gathered(queries), joined(query_row)[0]
         relevant = joined(torch.stack([relevant[:, 0] + first, relevant[:, 1]], dim=1))[0]
-        owner = torch.where(mine, row, -1)
-    else:
-        owner = torch.where(mine, row - first, -1)
+        queries, first = gathered(queries), 0
+    owner = torch.where(mine, row - first, -1)
     size = settings["group_size"]
+    query_row = first + torch.arange(len(queries), device=row.device)
     groups = None if settings["cross_device"] else Groups(query_row // size, row // size)
-    documents = gathered(final[rows:])
-    return Lists(queries, documents, owner, positive > 0, slot, document_ids, scores, relevant, groups)
+    documents = gathered(documents)
+    return Lists(queries, documents, owner, positive > 0, slot, document_ids, batch["scores"], relevant, groups)
 
 
 def _pairs(final: Tensor, hidden: Tensor | None, batch: dict[str, Any]) -> Pairs:
     """This rank's pairs, with the labels of all ranks."""
     n = batch["rows"]
-    target, left_ids, right_ids = (joined(batch[name])[0] for name in ("target", "left_ids", "right_ids"))
+    target = batch["target"].view(torch.int32)  # its bits, among whole numbers
+    listed = torch.stack([target, batch["left_ids"], batch["right_ids"]], dim=1)
+    target, left_ids, right_ids = joined(listed)[0].unbind(dim=1)
+    target = target.int().view(torch.float32)
     left, right = (None, None) if hidden is None else (hidden[:n], hidden[n:])
     return Pairs(final[:n], final[n:], target, left_ids, right_ids, left, right, gather=lambda rows: joined(rows)[0])
 
