@@ -817,6 +817,17 @@ def test_a_source_from_which_a_loss_learns_nothing_is_warned_of(workplace, task,
     assert (warning in shown) if warning else ("learns nothing" not in shown)
 
 
+@pytest.mark.parametrize("column", ["positive_scores", "negative_scores"])
+def test_scores_below_0_of_a_list_softmax(workplace, column):
+    """Of reranking the reader refuses them; any list may be trained so, and other losses do not look at scores."""
+    row = {"query": "a b", "positives": ["c"], "negatives": ["d"], "positive_scores": [2], "negative_scores": [0]}
+    workplace.rows("source.jsonl", *QUERIES, row | {column: [-0.5]})
+    workplace.config["data"] = [{"name": "source", "task": "retrieval", "path": "source.jsonl"}]
+    workplace.run("check")
+    words = ("source 'source', query 'a b'", "got a score of -0.5", "list_softmax")
+    workplace.refused(*words, arguments=("losses.retrieval.type=list_softmax",))
+
+
 def test_output_dir_is_a_file(workplace):
     workplace.write("run", "a file")
     workplace.refused("run", "a file", "a folder")

@@ -17,6 +17,7 @@ from codiemb.data.beir import read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
 from codiemb.data.store import Records, load_records
+from codiemb.errors import DataError, short
 from codiemb.suites.suite import DataSet
 from codiemb.tasks import TASKS
 from codiemb.tasks.task import PairLosses
@@ -119,6 +120,9 @@ def check(
         tokenizer: counts tokens.
         lengths: tokens kept by role.
         suite: the data sets of the evaluation, for texts that are trained on too.
+
+    Raises:
+        DataError: scores that the loss of their source cannot take.
     """
     steps = len(plan)
     counts = plan.batches_per_epoch
@@ -155,6 +159,7 @@ def check(
             facts["positives_per_query"] = len(source.column("positive_ids").combine_chunks().flatten()) / len(source)
             facts["negatives_per_query"] = len(source.column("negative_ids").combine_chunks().flatten()) / len(source)
             if getattr(config.losses, source.source.task).type == "list_softmax":
+                _require_gains(source)
                 warnings += _without_order(source)
             if "query" in tokens and tokens["query"]["p50"] > 2 * tokens["document"]["p50"]:
                 warnings.append(
@@ -240,6 +245,25 @@ def _without_positive(source: Records, losses: PairLosses) -> list[str]:
         for name in ("mid_nce", "info_nce")
         if getattr(losses, name) and highest < losses.mid_nce_threshold
     ]
+
+
+def _require_gains(source: Records) -> None:
+    """Refuses scores below 0 where `list_softmax` takes their shares of the sum for probabilities.
+
+    Raises:
+        DataError: it names the first query that has one.
+    """
+    for column in ("positive_scores", "negative_scores"):
+        lists = source.column(column).combine_chunks()
+        scores = np.asarray(lists.flatten())
+        if len(below := np.flatnonzero(scores < 0)):
+            row = pc.list_parent_indices(lists)[below[0]].as_py()
+            raise DataError(
+                f"source {source.source.name!r}, query {short(source.column('query')[row].as_py())}",
+                got=f"a score of {scores[below[0]]:g}",
+                expected="graded relevance of 0 or more for each document, because the loss is list_softmax",
+                fix="shift the scores, or take another loss",
+            )
 
 
 def _without_order(source: Records) -> list[str]:
