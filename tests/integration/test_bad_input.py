@@ -888,7 +888,8 @@ def test_a_signal_in_the_last_checkpoint_is_not_lost(workplace, monkeypatch):
 
 
 def test_a_signal_in_an_evaluation_loses_no_step(workplace, monkeypatch):
-    """Checkpoints are written every 100 steps: the data set in hand is scored, a step done, and then one is written."""
+    """Checkpoints are due every 100 steps: the data set in hand is scored, then one is written, and the rest is scored
+    when the run goes on."""
     sources = [{"name": name, "task": "similarity", "path": "pairs.jsonl"} for name in ("one", "other")]
     workplace.config["evaluation"] = {"suite": "suite.yaml", "every_steps": 2}
     workplace.config["train"] |= {"save_strategy": "steps", "save_steps": 100, "max_steps": 5}
@@ -901,8 +902,12 @@ def test_a_signal_in_an_evaluation_loses_no_step(workplace, monkeypatch):
         return evaluate(*arguments)
 
     monkeypatch.setitem(EVALUATIONS, "similarity", SIMILARITY._replace(evaluate=signalled))
-    assert ends_with(143, workplace).endswith("checkpoint-3; go on with --resume\n")
-    assert [path.name for path in (workplace.folder / "run" / "eval" / "step-2").glob("*.json")] == ["one.json"]
+    assert ends_with(143, workplace).endswith("checkpoint-2; go on with --resume\n")
+    scored = workplace.folder / "run" / "eval" / "step-2"
+    assert [path.name for path in scored.glob("*.json")] == ["one.json"]
+    monkeypatch.setitem(EVALUATIONS, "similarity", SIMILARITY)
+    workplace.run("train", "--resume")
+    assert {path.name for path in scored.glob("*.json")} == {"one.json", "other.json"}
 
 
 def test_the_checkpoint_of_a_step_is_written_before_its_evaluation(workplace, monkeypatch):
