@@ -1,11 +1,13 @@
 """Several processes share the cores of one machine."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.small_run import small_run
 
@@ -42,3 +44,15 @@ def on_two_processes(program, *arguments):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         timeout=500,  # DeepSpeed compiles at its first start
     )
+
+
+def on_ranks(ranks, act, *arguments):
+    """`act(rank, *arguments)` in a process for each rank, forked from one that has imported the libraries."""
+    multiprocessing.set_forkserver_preload(["codiemb.training.run"])
+    everything = (dict(os.environ), act, *arguments)
+    torch.multiprocessing.start_processes(_in_environment, everything, nprocs=ranks, start_method="forkserver")
+
+
+def _in_environment(rank, environment, act, *arguments):
+    os.environ.update(environment)
+    act(rank, *arguments)

@@ -16,6 +16,7 @@ from codiemb.config import Batching, Losses, Source
 from codiemb.data.store import load_records
 from codiemb.encoder.memory import Footprint, Memory
 from codiemb.training.joint import JointModel
+from tests.distributed.conftest import on_ranks
 
 WORLDS = (2, 4)
 QUERIES = [  # ragged, with a document that is the positive of one query and the negative of another
@@ -113,12 +114,12 @@ def loss_and_gradients(model_folder, data_folder, rank, world, memory="direct", 
             outputs = model(inputs["batches"], inputs["micro_batches"])
         loss = outputs["loss"]
         loss.backward()
-        gradients = {}
-        for key, parameter in encoder.named_parameters():
-            gradients[key] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if world > 1:
-                dist.all_reduce(gradients[key])
-                gradients[key] /= world
+        parameters = dict(encoder.named_parameters())
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters.values()])
+        if world > 1:
+            dist.all_reduce(flat)
+        parts = (flat / world).split([p.numel() for p in parameters.values()])
+        gradients = {key: part.view_as(p) for (key, p), part in zip(parameters.items(), parts, strict=True)}
         results[name] = {
             "loss": loss.item(),
             "gradients": gradients,
@@ -156,7 +157,7 @@ def runs(tiny_model_folder, tmp_path_factory):
         one = loss_and_gradients(tiny_model_folder, data, 0, 1)  # also fills the cache of the others
         found = {(1, "direct"): [one]}
         for world in WORLDS:
-            torch.multiprocessing.spawn(run_rank, (world, tiny_model_folder, data, out), nprocs=world)
+            on_ranks(world, run_rank, world, tiny_model_folder, data, out)
             for memory in MEMORIES:
                 files = [out / f"{memory} {rank}-of-{world}.pt" for rank in range(world)]
                 found[world, memory] = [torch.load(file) for file in files]
