@@ -58,8 +58,8 @@ def _alone(run: Run) -> Run:
 
     @wraps(run)
     def checked(arguments: argparse.Namespace) -> None:
-        ranks = os.environ.get("WORLD_SIZE") or "1"
-        if ranks != "1":
+        ranks = os.environ.get("WORLD_SIZE", "1")
+        if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1":
             raise DistributedError(
                 run.__name__, got=f"WORLD_SIZE={ranks}", expected="one process", fix="start it without torchrun"
             )

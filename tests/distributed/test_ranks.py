@@ -27,6 +27,10 @@ def test_each_rank_draws_its_own_dropout(eight_steps, tmp_path):
     on_two_processes([str(HERE)], str(eight_steps), "states", DROPOUT)
     one, other = ((tmp_path / f"states-{rank}").read_text().split() for rank in (0, 1))
     assert len(set(one + other)) == 16
+    kept = [
+        torch.load(tmp_path / "run" / "checkpoint-4" / f"rng_state_{rank}.pth", weights_only=False) for rank in (0, 1)
+    ]
+    assert not torch.equal(kept[0]["cpu"], kept[1]["cpu"])
 
 
 @pytest.mark.slow
@@ -49,7 +53,7 @@ def test_a_setting_that_only_another_rank_has_is_told(eight_steps, tmp_path):
 def test_a_suite_that_differs_is_told(eight_steps, tmp_path):
     """Each machine may have its own copy."""
     on_two_processes([str(HERE)], str(eight_steps), "other suite")
-    assert "rank 1, before the first step, data set 'pairs': got " in (tmp_path / "told-0").read_text()
+    assert "rank 1, before the first step, data set 'pairs' of evaluation: got " in (tmp_path / "told-0").read_text()
 
 
 @pytest.mark.slow

@@ -80,6 +80,19 @@ def test_the_checkpoint_of_a_signal_is_not_merged(whole, tmp_path, monkeypatch):
     assert_same(whole, tmp_path / "run")
 
 
+def test_without_checkpoints_that_are_due_none_stays(whole, tmp_path, monkeypatch):
+    """Also the one of a signal goes, at the end of the resumed run."""
+    settings = ["train.save_strategy=no", f"output_dir={tmp_path / 'run'}"]
+    config = load_config(whole / "config.yaml", settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "on_step_begin", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="go on with --resume"):
+            train(config)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    train(config, resume=True)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_a_finished_run_without_checkpoints_is_refused(whole, tmp_path):
     """Its report was removed, but there is nothing to go on from."""
     shutil.copytree(whole / "run" / "model", tmp_path / "run" / "model")
@@ -111,10 +124,11 @@ def codiemb(program, *arguments, **settings):
 @pytest.mark.parametrize(("program", "code"), [("ends", 0), ("fails", 1)])
 def test_a_process_with_loader_workers_ends(whole, tmp_path, program, code):
     """They take no signals, so multiprocessing would wait for them for ever."""
-    settings = [f"output_dir={tmp_path / 'run'}", "train.dataloader_num_workers=1", "evaluation.every_steps=5"]
+    settings = [f"output_dir={tmp_path / 'run'}", "train.dataloader_num_workers=3", "evaluation.every_steps=5"]
     done = codiemb(program, "train", whole / "config.yaml", *settings, timeout=150)
     assert done.returncode == code, done.stderr
     assert ("as a defect" in done.stderr) == (code == 1)
+    assert "Exception ignored" not in done.stderr
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 def _end_workers() -> None:
     """Else a process that ends while they are there waits for ever: multiprocessing asks them by SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise that a worker was killed
     for child in torch.multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -138,6 +138,13 @@ def keep_newest(run: Path, limit: int | None, whole: Path) -> None:
             shutil.rmtree(_put_aside(path), ignore_errors=True)
 
 
+def keep_scheduled(run: Path) -> None:
+    """Removes the checkpoints of signals, once a run has come to its end."""
+    for path in checkpoints(run):
+        if not _scheduled(path):
+            shutil.rmtree(_put_aside(path), ignore_errors=True)
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 

@@ -39,7 +39,7 @@ from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
 from codiemb.training import run_folder
 from codiemb.training.card import write_card
-from codiemb.training.checkpoint import WRITING, checkpoints, clean, keep_newest, replace
+from codiemb.training.checkpoint import WRITING, clean, keep_newest, keep_scheduled, replace
 from codiemb.training.ema import require_same_mean
 from codiemb.training.facts import facts_of, require_same_run
 from codiemb.training.merging import averaged_encoder, merge_run
@@ -62,7 +62,7 @@ class Prepared:
     plan: Plan
     suite: Sequence[Source]
     dev: Sequence[Source]
-    digests: dict[str, str]  # of suite and dev by name
+    digests: dict[str, str]  # of the data sets of suite and dev
     bf16: bool
     report: Report
 
@@ -79,7 +79,11 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
             raise DataError(f"source {name!r}", got="one pair", expected="at least two, to be put in order")
     suite = load_suite(config.evaluation.suite, config.data_root) if config.evaluation.suite else []
     dev = load_suite(config.fusion.suite, config.data_root) if config.fusion and config.fusion.suite else []
-    digests = require_readable([*suite, *dev])
+    digests = {
+        f"data set {name!r} of {section}": digest
+        for section, sources in (("evaluation", suite), ("fusion", dev))
+        for name, digest in require_readable(sources).items()
+    }
     set_seed(config.seed)
     encoder = load_encoder(config.model, device)
     _require_fitting(config, encoder)
@@ -152,7 +156,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
             trainer.step_log.close()
-        logger.info(trainer.step_log.summary())
+        if trainer.step_log.sums["steps"]:
+            logger.info(trainer.step_log.summary())
         stop.raise_if_asked()
         if trainer.state.global_step != trainer.state.max_steps:
             raise RuntimeError(
@@ -176,8 +181,8 @@ def _finish(
     if rank() == 0:
         _write_card(run / WRITING / "model", config, prepared, base, trained, comparison)
         replace(run / WRITING / "model", run / "model")
-        if saved := checkpoints(run):
-            keep_newest(run, config.train.save_total_limit, saved[0])
+        if trainer.saved_step is not None:
+            keep_newest(run, config.train.save_total_limit, run / f"checkpoint-{trainer.saved_step}")
     barrier()
     stop.model = run / "model"
     fused = merge_run(config, trainer.args, encoder, averaged, suite, prepared.dev) if config.fusion else {}
@@ -186,6 +191,7 @@ def _finish(
     if rank() == 0:
         if fused and comparison:
             _write_card(run / "model", config, prepared, base, trained, comparison)
+        keep_scheduled(run)
         clean(run)
         report_run(run)
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
@@ -193,9 +199,13 @@ def _finish(
 
 def _only_compared(prepared: Prepared) -> dict[str, str]:
     """What all ranks must hold alike, though a run may go on with something else."""
-    found = {f"data set {name!r}": digest for name, digest in prepared.digests.items()}
-    found |= {f"version of {name}": version for name, version in versions().items()}
-    return {**found, "device": prepared.encoder.device.type, "precision": "bf16" if prepared.bf16 else "float32"}
+    found = {f"version of {name}": version for name, version in versions().items()}
+    return {
+        **prepared.digests,
+        **found,
+        "device": prepared.encoder.device.type,
+        "precision": "bf16" if prepared.bf16 else "float32",
+    }
 
 
 def _write_card(

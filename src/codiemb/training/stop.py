@@ -70,10 +70,13 @@ class StopOnSignal(TrainerCallback):
         return most(self.asked) > 0
 
     def _how_to_go_on(self) -> str:
-        if self.newest is None:
-            return "no checkpoint was written" if self.model is None else f"the model is whole, {self.model}"
-        found = f"the newest checkpoint is {self.newest}" if self.model is None else f"the model is whole, {self.model}"
-        return f"{found}; go on with --resume"
+        if self.model is not None:
+            found = f"the model is whole, {self.model}"
+        elif self.newest is not None:
+            found = f"the newest checkpoint is {self.newest}"
+        else:
+            return "no checkpoint was written"
+        return found if self.newest is None else f"{found}; go on with --resume"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.training = True

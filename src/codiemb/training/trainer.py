@@ -177,7 +177,7 @@ class JointTrainer(Trainer):
         """Whether a checkpoint of this step is due, and not only written for a signal."""
         strategy, step = self.config.train.save_strategy, self.state.global_step
         every = len(self.step_reader.plan) if strategy == "epoch" else self.state.save_steps
-        return step == self.state.max_steps or (strategy != "no" and step % every == 0)
+        return strategy != "no" and (step == self.state.max_steps or step % every == 0)
 
     def save_now(self) -> None:
         """A checkpoint between two steps, unless this step has one."""
