@@ -9,6 +9,7 @@ import torch
 from codiemb import load_config
 from codiemb.distributed import finish
 from codiemb.training.run import train
+from tests.distributed.conftest import on_ranks
 from tests.distributed.test_invariance import free_port
 from tests.small_run import assert_equal_weights, small_run
 
@@ -35,7 +36,7 @@ def test_two_processes_find_the_cosines_of_one(tiny_model_folder, tmp_path):
         evaluation={"suite": None},
     )
     train_on(0, 1, file)
-    torch.multiprocessing.spawn(train_on, (2, file, free_port()), nprocs=2)
+    on_ranks(2, train_on, 2, file, free_port())
     assert_equal_weights(tmp_path / "2 plain" / "model", tmp_path / "2 measured" / "model", rtol=0, atol=0)
     one, two = (
         [json.loads(line) for line in (tmp_path / f"{world} measured" / "conflict.jsonl").read_text().splitlines()]
