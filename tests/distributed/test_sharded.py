@@ -27,9 +27,10 @@ def sharded(*arguments):
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param([], id="all weights"),
-        pytest.param(["train.optim=sgd", "train.max_grad_norm=0"], id="sgd, unclipped"),
-        pytest.param(["train.gradient_checkpointing=true"], id="gradient checkpointing"),
+        pytest.param(
+            ["train.optim=sgd", "train.max_grad_norm=0", "train.gradient_checkpointing=true"],
+            id="sgd, unclipped, gradient checkpointing",
+        ),
         pytest.param(["model.lora={r: 2}", "model.head.dim=8"], id="lora and head", marks=needs_peft),
     ],
 )
