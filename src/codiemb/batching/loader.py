@@ -7,6 +7,7 @@ and nothing is made up: a query with fewer positives or negatives than asked for
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import signal
 import time
@@ -26,6 +27,9 @@ from codiemb.data.store import Records
 from codiemb.encoder.model import instructed, max_length, prompt
 from codiemb.encoder.tokens import Text, tokenize
 from codiemb.tasks import TASKS
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepLoader(DataLoader):
@@ -53,8 +57,18 @@ class StepLoader(DataLoader):
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """torchrun and terminals signal all processes of a group; a worker that died of it would end the step in hand."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT wait: a worker that is started here and gets one has not yet said that it takes none."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _end_workers() -> None:

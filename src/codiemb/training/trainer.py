@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
 from codiemb.batching.ahead import Ahead
-from codiemb.batching.loader import StepLoader, StepReader
+from codiemb.batching.loader import StepLoader, StepReader, signals_wait
 from codiemb.batching.plan import Plan
 from codiemb.config import Config
 from codiemb.data.store import Records
@@ -115,7 +116,8 @@ class JointTrainer(Trainer):
             if self.ahead is None or self.ahead.items is not epoch_iterator:
                 self.ahead = Ahead(epoch_iterator)
             epoch_iterator = self.ahead
-        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with signals_wait() if self.args.dataloader_num_workers else contextlib.nullcontext():
+            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_log.clock.mark("data")
         return samples
 
