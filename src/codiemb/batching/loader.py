@@ -28,7 +28,6 @@ from codiemb.encoder.model import instructed, max_length, prompt
 from codiemb.encoder.tokens import Text, tokenize
 from codiemb.tasks import TASKS
 
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -63,7 +62,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT wait: a worker that is started here and gets one has not yet said that it takes none."""
+    """Inside, SIGTERM and SIGINT wait: a worker that has just been started would end of one."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
