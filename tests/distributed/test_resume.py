@@ -45,7 +45,7 @@ def start(folder, run, launcher, *arguments):
 
 def wait_for(path, process):
     deadline = time.monotonic() + 240
-    while not path.exists():
+    while not path.exists() or path.stat().st_size == 0:  # metrics.jsonl is there before its first line
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
