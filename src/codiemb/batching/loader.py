@@ -63,11 +63,11 @@ def _leave_signals_to_the_run(worker: int) -> None:
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT wait: a worker that has just been started would end of one."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_workers() -> None:
