@@ -1,12 +1,15 @@
 """The texts of a step are one set, whatever batches and tasks they are of."""
 
 import json
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from codiemb.batching.loader import StepReader
+from codiemb.batching.loader import StepReader, signals_wait
 from codiemb.batching.plan import Batch, Plan, Step
 from codiemb.config import Batching, Source
 from codiemb.data.store import load_records
@@ -59,3 +62,15 @@ def test_ranks_take_disjoint_rows_in_order(tiny_encoder, tmp_path, rank):
     search, pairs = reader(tiny_encoder, tmp_path, rank, 2)[STEP]["batches"]
     assert (search["first_row"], search["rows"], pairs["first_row"], pairs["rows"]) == (rank, 1, rank, 1)
     assert torch.equal(search["owner"], torch.zeros(2 - rank, dtype=torch.int64))
+
+
+def take_a_signal():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_worker_does_not_end_of_a_signal_while_it_starts():
+    with signals_wait():
+        worker = multiprocessing.get_context("fork").Process(target=take_a_signal)
+        worker.start()
+    worker.join()
+    assert worker.exitcode == 0

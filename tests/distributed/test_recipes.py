@@ -16,7 +16,7 @@ import pytest
 import yaml
 from torch.distributed.run import get_args_parser
 
-from codiemb import cli
+from codiemb.arguments import command_line
 from codiemb.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def parsed(command):
     torchrun = get_args_parser().parse_args(command)
     assert torchrun.module
     assert torchrun.training_script == "codiemb"
-    ours = cli._parser().parse_args(torchrun.training_script_args)
+    ours = command_line().parse_args(torchrun.training_script_args)
     for override in getattr(ours, "overrides", []):
         load_config(ROOT / "recipes" / "joint.yaml", [override])
     return torchrun, ours
@@ -90,7 +90,7 @@ def test_a_script_starts_one_torchrun_a_machine(name, cluster, tmp_path):
     for torchrun, ours in calls:
         assert (torchrun.nnodes, torchrun.nproc_per_node) == ("2", "gpu")
         assert (torchrun.master_addr, torchrun.master_port) == (first, 29500)
-        assert (ours.run, ours.resume) == (cli.train, False)
+        assert (ours.verb, ours.resume) == ("train", False)
         assert load_config(ROOT / "recipes" / "joint.yaml", ours.overrides).output_dir == str(tmp_path / "a run")
 
 
@@ -195,7 +195,7 @@ def test_the_manifest_is_consistent():
 def test_the_commands_of_the_page_exist():
     page = (ROOT / "docs" / "distributed.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line)[1:] for line in re.findall(r"^ {4}(torchrun .*)$", page, re.MULTILINE)]
-    verbs = [parsed(command)[1].run.__name__ for command in commands]
+    verbs = [parsed(command)[1].verb for command in commands]
     assert verbs.count("train") >= 3
     assert "evaluate" in verbs
 

@@ -62,7 +62,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT wait: a worker that has just been started would end of one."""
+    """Inside, SIGTERM and SIGINT wait, for a process that is started here too: a new worker would end of one."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
