@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check chaos bench clean
+.PHONY: install demo test check chaos bench gpu clean
 .DEFAULT_GOAL := test
 
 # torch first and pinned, so that nothing else pulls a build with GPU libraries onto a machine without one.
