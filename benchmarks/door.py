@@ -1,6 +1,6 @@
 """Two processes, retrieval with candidates from both, and similarity: sentence-transformers, with our parts, and ours.
 
-    python benchmarks/door.py [--limit 60]
+    python benchmarks/door.py [--limit 180]
 
 All runs have the same data and a tiny random BERT on the processor. sentence-transformers alone stands still, under
 either of its samplers, as soon as the two processes are in different data sets; it is ended after `--limit` seconds.
@@ -43,7 +43,7 @@ HERE = Path(__file__)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=60, help="seconds for each run")
+    parser.add_argument("--limit", type=float, default=180, help="seconds for each run")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

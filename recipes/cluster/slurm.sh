@@ -35,7 +35,6 @@ wait "$step" || code=$?
 if [[ $stopped == yes ]]; then
     code=0
     wait "$step" || code=$?   # the first was ended by the signal
-    RESUME=$(compgen -G "$OUTPUT_DIR/checkpoint-*" || true)
-    [[ -e $OUTPUT_DIR/model && ( -e $OUTPUT_DIR/report.html || -z $RESUME ) ]] || scontrol requeue "$SLURM_JOB_ID"
+    [[ -e $OUTPUT_DIR/.finished ]] || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -40,17 +40,16 @@ def _runs(verb: Verb) -> None:
         "check, train, fuse, evaluate and report on the shipped data with the bundled encoder (minutes, no network)",
     )
     shown.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    shown.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     shown.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
 
-    for name, help in (
-        ("check", "resolve a config, read its data and print the plan; trains nothing"),
-        ("train", "train as configured, evaluate before and after"),
-    ):
-        added = verb(name, help)
+    checked = verb("check", "resolve a config, read its data and print the plan; trains nothing")
+    trained = verb("train", "train as configured, evaluate before and after")
+    for added in (checked, trained):
         added.add_argument("config", metavar="CONFIG", help="a YAML file")
         added.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    added.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
-    added.add_argument("--overwrite", action="store_true", help="remove an earlier run in output_dir first")
+    trained.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    trained.add_argument("--overwrite", action="store_true", help="remove an earlier run in output_dir first")
 
     reported = verb("report", "tell a run on one HTML page, from its files")
     reported.add_argument("run_dir", metavar="RUN_DIR", help="the output_dir of a training")
@@ -112,7 +111,8 @@ def _fusion(verb: Verb) -> None:
     for name, help in (
         (
             "--method",
-            "delta (default), uniform, weighted, slerp, task_arithmetic, ties, dare, dare_ties, sce, model_stock",
+            "delta (default), uniform, weighted, slerp, task_arithmetic, ties, dare, dare_ties, sce, model_stock; "
+            "greedy is --search greedy",
         ),
         ("--granularity", "of delta: model, tensor (default), row, element"),
         ("--norm", "of delta: l1, l2 (default), mean_square"),

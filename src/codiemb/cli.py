@@ -72,7 +72,6 @@ def demo(arguments: argparse.Namespace) -> None:
     from codiemb.demo import CONFIG
 
     arguments.config, arguments.overrides = CONFIG, [f"output_dir={json.dumps(arguments.out)}"]
-    arguments.resume = False
     train(arguments)
 
 
@@ -177,6 +176,10 @@ def fuse(arguments: argparse.Namespace) -> None:
 
     checkpoints = [folder_of(checkpoint) for checkpoint in arguments.checkpoints]
     base, out = folder_of(arguments.base), Path(arguments.out)
+    if arguments.method == "greedy":
+        if way := next((way for way in ("search", "pareto", "inspect") if getattr(arguments, way)), None):
+            raise ConfigError(f"--{way}", got="given", expected="none with --method greedy, which is a search")
+        arguments.method, arguments.search = None, "greedy"
     names = ("method", "granularity", "norm", "weighting", "temperature", "scale", "weights", "by_run")
     given = {name: getattr(arguments, name) for name in names}
     settings = {name: value for name, value in given.items() if value is not None and value is not False}

@@ -1,6 +1,6 @@
 """Every setting of a run, typed. Unknown keys are refused with the nearest known one; all faults are told at once.
 
-This module imports no torch, so that `codiemb check` and `codiemb --help` start fast. The names in `train` are those
+This module imports no torch, so that mistakes in a config are told at once. The names in `train` are those
 of Hugging Face's `TrainingArguments`.
 """
 
@@ -197,6 +197,13 @@ class Train(Section):
     report_to: list[str] | str = "none"
     run_name: str | None = None
 
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("expected at least 1, or -1 to train num_train_epochs")
+        return value
+
     @field_validator("save_strategy", mode="before")
     @classmethod
     def _yaml_no(cls, value: Any) -> Any:
@@ -253,7 +260,8 @@ Weighting = Literal["proportional", "inverse", "softmax"]
 class Fusion(Section):
     """What the checkpoints of the run are merged into when it ends; the names are those of `codiemb.fuse`.
 
-    Of several methods, or with `ema` (the mean weights of all steps), the best on `suite`, a dev suite, is kept.
+    With `suite`, a dev suite, only the best merge on it is kept, if it beats the trained model. `ema` is the mean of
+    the weights over all steps.
     """
 
     checkpoints: Literal["all"] | Annotated[int, Field(ge=2)] = "all"

@@ -23,10 +23,9 @@ class Stopped(BaseException):
         self.signal, self.message = signal, message
 
 
-def short(value: Any, length: int = 60) -> str:
-    """`repr(value)`, cut to `length` characters."""
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+def short(value: Any) -> str:
+    """`repr(value)`, cut to 60 characters."""
+    return _cut(repr(value), 60)
 
 
 class CodiembError(Exception):
@@ -34,7 +33,7 @@ class CodiembError(Exception):
 
     def __init__(self, what: str, *, got: Any = _MISSING, expected: str = "", fix: str = "") -> None:
         details = [
-            f"got {_cut(got)}" if got is not _MISSING else "",
+            f"got {_cut(str(got), 300)}" if got is not _MISSING else "",
             f"expected {expected}" if expected else "",
             fix,
         ]
@@ -43,8 +42,7 @@ class CodiembError(Exception):
         super().__init__(" ".join((f"{what}: {', '.join(details)}" if details else what).split()))
 
 
-def _cut(value: Any, length: int = 300) -> str:
-    text = str(value)
+def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 

@@ -19,7 +19,7 @@ PAIRS = [
     {"query": "ab", "positives": ["xyz"], "positive_scores": [1]},
     {"query": "cd", "positives": ["ab"], "positive_scores": [0]},
 ]
-STEP = Step(0, 0, (Batch("search", np.array([0, 1]), 0), Batch("pairs", np.array([1, 0]), 0)))
+STEP = Step((Batch("search", np.array([0, 1]), 0), Batch("pairs", np.array([1, 0]), 0)))
 
 
 def reader(encoder, folder, rank=0, world=1):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from codiemb.batching.plan import Plan
+from codiemb.batching.plan_report import plan_report
 from codiemb.config import Config, Source
-from codiemb.data.checks import check
 from codiemb.data.store import load_records
 
 QUESTIONS = [{"query": "one two", "positives": [f"a b c d {n}"], "negatives": [f"x {n}"]} for n in range(8)]
@@ -39,7 +39,7 @@ def report(tmp_path):
         sizes = {name: len(source) for name, source in records.items()}
         tasks = {name: source.source.task for name, source in records.items()}
         plan = Plan(sizes, tasks, config.batching, config.seed)
-        return check(config, records, plan, count_words, LENGTHS, list(suite))
+        return plan_report(config, records, plan, count_words, LENGTHS, list(suite))
 
     return report
 
@@ -132,6 +132,13 @@ def test_many_passes_are_warned_of(report):
     few = [row | {"query": f"q {n}"} for n, row in enumerate(PAIRS * 5)]
     (warning,) = report(questions=QUESTIONS[:4], pairs=few, batching=batching).warnings
     assert "questions: read 13 times an epoch" in warning
+
+
+def test_settings_of_another_schedule_are_warned_of(report):
+    """Who forgets `schedule: weights` would train another mixture than the one that is written down."""
+    (warning,) = report(batching={"weights": {"questions": 1, "pairs": 3}}).warnings
+    assert "batching.weights is of the schedule weights; the schedule is proportional" in warning
+    assert report(batching={"schedule": "weights", "weights": {"questions": 1, "pairs": 3}}).warnings == []
 
 
 def test_evaluation_texts_that_are_trained_on(report, tmp_path):

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +18,7 @@ import zstandard
 from codiemb.config import Source
 from codiemb.data import store
 from codiemb.data.store import load_records
-from codiemb.errors import DataError
+from codiemb.errors import CheckpointError, DataError
 
 ROWS = [
     {"query": "who sat", "positives": ["the cat", "a cat"], "negatives": ["a dog"]},
@@ -333,6 +334,27 @@ def test_a_fault_leaves_nothing_in_the_cache(tmp_path, cache):
     with pytest.raises(DataError, match="line 4001"):
         load_records(retrieval(tmp_path / "a.jsonl"))
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
+def test_what_a_power_cut_or_a_cleaner_has_left_is_read_again(tmp_path, cache, suffix, damage):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    expected = rows_of(retrieval(tmp_path / "a.jsonl"))
+    damage(next(path for path in cache.rglob(f"*{suffix}")))
+    assert rows_of(retrieval(tmp_path / "a.jsonl")) == expected
+
+
+def test_a_full_disk_of_the_cache_names_the_cache(tmp_path, cache, monkeypatch):
+    """It is often another disk than the one of the run."""
+
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "sync", full)
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    with pytest.raises(CheckpointError, match=rf"writing {cache}.*No space left.*set CODIEMB_CACHE"):
+        load_records(retrieval(tmp_path / "a.jsonl"))
 
 
 def load_at_once(start, path, locks, told):

@@ -18,6 +18,7 @@ from torch.distributed.run import get_args_parser
 
 from codiemb.arguments import command_line
 from codiemb.config import load_config
+from codiemb.training.run_folder import FINISHED
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "recipes" / "cluster"
@@ -109,7 +110,7 @@ TORCHRUN = """trap '%s >> "$CALLS"; exit 1' TERM
 echo $$ > "$CALLS.task"
 for tenth in $(seq 300); do sleep 0.1; done"""
 WRITES = "echo a checkpoint"
-ENDS = 'mkdir -p "$OUTPUT_DIR/model" && touch "$OUTPUT_DIR/report.html" && echo the report'
+ENDS = 'mkdir -p "$OUTPUT_DIR" && touch "$OUTPUT_DIR/.finished" && echo the report'
 
 
 @pytest.fixture
@@ -168,8 +169,8 @@ def test_slurm_sends_the_script_the_signal_that_it_takes():
 
 
 def test_a_pod_that_comes_back_after_the_end_has_nothing_to_do(cluster, tmp_path):
-    (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "report.html").touch()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FINISHED).touch()
     assert run_kubernetes(cluster, tmp_path / "run") == []
 
 

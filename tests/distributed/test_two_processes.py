@@ -31,7 +31,7 @@ PAIRS = [("ab", "ba", 1.0), ("cd", "dc", 0.2), ("ef", "xx", 1.0), ("gh", "hgh", 
 
 def step(**rows):
     batches = [Batch(source, np.array(places), 0) for source, places in rows.items()]
-    return Step(0, 0, tuple(batches))
+    return Step(tuple(batches))
 
 
 RAGGED = step(queries=[4, 0, 2, 1, 3])

@@ -1,5 +1,8 @@
 """Many texts with little padding give what one text at a time gives: embeddings, gradients, prompts, lengths."""
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from codiemb.encoder import engine
 from codiemb.encoder.engine import embed, encode
 from codiemb.encoder.model import max_length, open_model, prompt, save_encoder, set_lengths
 from codiemb.encoder.tokens import Text, tokenize
-from codiemb.errors import EvaluationError
+from codiemb.errors import CheckpointError, EvaluationError
 
 PROMPTS = {"query": "query: ", "document": "text. ", "similarity": ""}
 LENGTHS = {"query": 12, "document": 24, "similarity": 9}
@@ -187,6 +190,19 @@ def test_embeddings_too_large_for_memory_are_in_a_file(encoder, monkeypatch):
     assert mapped[0].shape == tuple(found.shape)
     assert found.data_ptr() == mapped[0].ctypes.data
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_no_room_for_embeddings_is_one_line(encoder, monkeypatch):
+    """Without it the process would be killed at the first page that finds no room."""
+
+    def full(file, start, size):
+        assert size > 4 * start
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(engine, "_LARGEST_IN_MEMORY", 8)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device.*set TMPDIR"):
+        encode(encoder, texts_of_all_roles(encoder))
 
 
 def test_encode_uses_no_dropout_and_leaves_the_mode_as_it_was(encoder):

@@ -93,8 +93,10 @@ def test_measuring_leaves_no_trace(tiny_encoder):
 def test_the_last_micro_batches_that_fit_keep_their_activations():
     """A byte a token: [4, 8] takes 32, [2, 8] takes 16. From the last: 16, 48, 80."""
     micro_batches = [{"attention_mask": torch.ones(rows, 8)} for rows in (4, 4, 2)]
-    cached = {room: Memory(room, Footprint(1, 0), 32).cached(micro_batches) for room in (-1, 0, 16, 47, 48, 79, 80)}
-    assert cached == {-1: 3, 0: 3, 16: 2, 47: 2, 48: 1, 79: 1, 80: 0}
+    recomputed = {
+        room: Memory(room, Footprint(1, 0), 32).recomputed(micro_batches) for room in (-1, 0, 16, 47, 48, 79, 80)
+    }
+    assert recomputed == {-1: 3, 0: 3, 16: 2, 47: 2, 48: 1, 79: 1, 80: 0}
 
 
 def test_cached_micro_batches_hold_no_activations(tiny_encoder):
@@ -103,9 +105,9 @@ def test_cached_micro_batches_hold_no_activations(tiny_encoder):
     tokens = tokenize(tiny_encoder, texts, 64)
     count = len(tokens.micro_batches)
 
-    def kept(cached):
+    def kept(recomputed):
         return kept_bytes(
-            tiny_encoder, lambda: embed(tiny_encoder, tokens.micro_batches, tokens.place, cached=cached).final
+            tiny_encoder, lambda: embed(tiny_encoder, tokens.micro_batches, tokens.place, recomputed=recomputed).final
         )
 
     everything, some, nothing = kept(0), kept(count // 2), kept(count)

@@ -34,11 +34,11 @@ def dropout(encoder, p):
             module.p = p
 
 
-def outputs_and_gradients(encoder, middle=False, cached=0):
+def outputs_and_gradients(encoder, middle=False, recomputed=0):
     """With `middle`: "too" for a loss on both outputs, "alone" for one on the middle layer."""
     tokens = tokenize(encoder, TEXTS, 64)
     assert len(tokens.micro_batches) > 3
-    final, hidden = embed(encoder, tokens.micro_batches, tokens.place, bool(middle), cached)
+    final, hidden = embed(encoder, tokens.micro_batches, tokens.place, bool(middle), recomputed)
     outputs = {False: [final], "too": [final, hidden], "alone": [hidden]}[middle]
     encoder.zero_grad()
     sum(output.pow(3).sum() for output in outputs).backward()
@@ -72,8 +72,8 @@ def test_bf16_reaches_every_thread_forward_and_backward(encoder, monkeypatch):
     exact, exact_gradients = one_after_the_other(encoder, monkeypatch, False)
     with torch.autocast("cpu", torch.bfloat16):
         expected, expected_gradients = one_after_the_other(encoder, monkeypatch, False)
-        for cached in (0, 2):
-            found, gradients = outputs_and_gradients(encoder, cached=cached)
+        for recomputed in (0, 2):
+            found, gradients = outputs_and_gradients(encoder, recomputed=recomputed)
             assert (found - expected).abs().max() < 0.1 * (exact - expected).abs().max()
             for name, gradient in gradients.items():
                 # No farther from float32 than one after the other, which adds micro-batches in bf16.
@@ -82,20 +82,20 @@ def test_bf16_reaches_every_thread_forward_and_backward(encoder, monkeypatch):
                 assert 0 < (gradient - exact_gradient).norm() <= 1.5 * error + 1e-3 * exact_gradient.norm(), name
 
 
-@pytest.mark.parametrize("cached", [1, 2, 100])
+@pytest.mark.parametrize("recomputed", [1, 2, 100])
 @pytest.mark.parametrize("middle", [False, "too", "alone"])
-def test_what_is_not_kept_gives_the_same_bits_with_dropout(encoder, middle, cached):
+def test_what_is_not_kept_gives_the_same_bits_with_dropout(encoder, middle, recomputed):
     """Whichever thread comes first; three times, since an order of threads may be lucky."""
     dropout(encoder, 0.3)
     torch.manual_seed(3)
     expected, expected_gradients = outputs_and_gradients(encoder, middle)
     for _ in range(3):
         torch.manual_seed(3)
-        found, gradients = outputs_and_gradients(encoder, middle, cached)
+        found, gradients = outputs_and_gradients(encoder, middle, recomputed)
         assert torch.equal(found, expected)
         assert all(torch.equal(gradient, expected_gradients[name]) for name, gradient in gradients.items())
     torch.manual_seed(4)
-    assert not torch.equal(outputs_and_gradients(encoder, middle, cached)[0], expected)
+    assert not torch.equal(outputs_and_gradients(encoder, middle, recomputed)[0], expected)
 
 
 def test_dropout_is_that_of_one_after_the_other(encoder, monkeypatch):

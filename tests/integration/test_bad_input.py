@@ -158,6 +158,14 @@ SETTINGS = {
         {"batching.schedule": "staged", "batching.stages": [["retrieval"], ["similarty"]]},
         ["batching.stages", "did you mean 'similarity'?"],
     ),
+    "no steps": ({"train.max_steps": 0}, ["train.max_steps: got 0", "at least 1, or -1"]),
+    "scheduler with settings of its own": (
+        {"train.lr_scheduler_type": "warmup_stable_decay"},
+        ["train.lr_scheduler_type: got warmup_stable_decay", "as linear or cosine"],
+    ),
+    "scheduler that follows a score": ({"train.lr_scheduler_type": "reduce_lr_on_plateau"}, ["train", "eval"]),
+    "optimizer that is not installed": ({"train.optim": "paged_adamw_8bit"}, ["train.optim: got paged_adamw_8bit ("]),
+    "optimizer with two sets of weights": ({"train.optim": "schedule_free_adamw"}, ["train.optim", "its steps alone"]),
     "scheduler that transformers lacks": ({"train.lr_scheduler_type": "liner"}, ["train", "liner"]),
     "optimizer that transformers lacks": ({"train.optim": "adamm"}, ["train", "adamm"]),
     "tracker that is not installed": ({"train.report_to": "no_such_tracker"}, ["no_such_tracker"]),
@@ -565,6 +573,8 @@ def test_encode_without_a_model(workplace):
         (["--data-root", "data"], ["--data-root", "none without --suite"]),
         (["--trials", "5"], ["--trials", "none without --search layers"]),
         (["--search", "grid"], ["--suite", "a dev suite"]),
+        (["--method", "greedy"], ["--suite", "a dev suite"]),
+        (["--method", "greedy", "--search", "grid"], ["--search", "none with --method greedy"]),
     ],
 )
 def test_options_of_fuse_that_have_no_meaning_together(workplace, options, words):

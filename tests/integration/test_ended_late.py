@@ -11,6 +11,7 @@ import pytest
 
 from codiemb import load_config, train
 from codiemb.errors import ConfigError, Stopped
+from codiemb.report.page import write_report
 from codiemb.training import run as training
 from codiemb.training.metrics import MetricsLog
 from tests.small_run import assert_equal_weights, small_run
@@ -35,6 +36,8 @@ def assert_same(folder, run):
         assert_equal_weights(folder / "run" / model, run / model, rtol=0, atol=0)
     one, other = ({path.name for path in each.iterdir()} for each in (folder / "run", run))
     assert one == other
+    one, other = ({path.name for path in (each / "fused").iterdir()} for each in (folder / "run", run))
+    assert one == other
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 10
 
 
@@ -44,13 +47,17 @@ def test_a_run_killed_after_its_last_step_does_what_is_left(whole, tmp_path, mon
 
     def killed(*arguments):
         if killed_in == "merge_run":
-            (tmp_path / "run" / "fused" / "uniform").mkdir(parents=True)  # half of it
+            for half in ("uniform", ".writing-delta-a1b2"):
+                (tmp_path / "run" / "fused" / half).mkdir(parents=True)
+            (tmp_path / "run" / "fused" / half / "fusion.json").write_text('{"method": "delta"}')
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(training, killed_in, killed)
         with pytest.raises(KeyboardInterrupt):
             train(config)
+    page = write_report(tmp_path / "run")  # looked at in between, it is not finished
+    assert "delta-a1b2" not in page.read_text()
     with pytest.raises(ConfigError, match=r"an unfinished run \(checkpoint-10\)"):
         train(config)
     train(config, resume=True)
@@ -94,7 +101,7 @@ def test_without_checkpoints_that_are_due_none_stays(whole, tmp_path, monkeypatc
 
 
 def test_a_finished_run_without_checkpoints_is_refused(whole, tmp_path):
-    """Its report was removed, but there is nothing to go on from."""
+    """It does not say that it is finished, but there is nothing to go on from."""
     shutil.copytree(whole / "run" / "model", tmp_path / "run" / "model")
     with pytest.raises(ConfigError, match="a finished run"):
         train(load_config(whole / "config.yaml", [f"output_dir={tmp_path / 'run'}"]), resume=True)

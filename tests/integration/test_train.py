@@ -2,8 +2,10 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +117,34 @@ def test_an_interrupted_run_resumes_to_the_same_weights(config_file, tmp_path, m
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 15))
+
+
+def test_loader_workers_start_while_signals_wait(config_file, tmp_path, monkeypatch):
+    """torchrun signals all processes of its group; a worker that had just been forked died of it, and with it the run.
+    At the start, after each epoch, and from the middle of one."""
+    held, started = [], []
+    start = multiprocessing.process.BaseProcess.start
+
+    def begin(process):
+        held.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        start(process)
+
+    step_begin = MetricsLog.on_step_begin
+
+    def training(self, *arguments, **settings):
+        started.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        step_begin(self, *arguments, **settings)
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", begin)
+    monkeypatch.setattr(MetricsLog, "on_step_begin", training)
+    config = load_config(config_file, ["train.dataloader_num_workers=1", "evaluation.suite=null"])
+    train(config)
+    for name in ("model", "checkpoint-6", "checkpoint-9", "checkpoint-12", "checkpoint-14"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(config, resume=True)
+    assert held == [True] * len(held)
+    assert len(held) >= 3
+    assert started == [False] * (14 + 11)
 
 
 def test_a_run_that_goes_on_keeps_its_micro_batches(config_file, tmp_path, monkeypatch):

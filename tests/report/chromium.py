@@ -75,15 +75,6 @@ class Page:
     def value(self, expression):
         return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
-    def screenshot(self, path, whole=False, **clip):
-        parameters = {"format": "png", "captureBeyondViewport": whole or bool(clip)}
-        if clip:
-            parameters["clip"] = {"scale": 1, **clip}
-        elif whole:
-            size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
-            parameters["clip"] = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        Path(path).write_bytes(base64.b64decode(self.ask("Page.captureScreenshot", **parameters)["data"]))
-
     def pdf(self, path):
         Path(path).write_bytes(base64.b64decode(self.ask("Page.printToPDF", printBackground=False)["data"]))
 

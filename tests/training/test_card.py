@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from codiemb.batching.plan_report import PlanReport
 from codiemb.config import Config, Source
-from codiemb.data.checks import Report
 from codiemb.report.facts import Comparison
 from codiemb.training.card import write_card
 
@@ -27,7 +27,7 @@ def prepared():
     """What of a prepared run the card is made of."""
     sections = {"output_dir": "runs/joint", "model": {"base": "b"}}
     config = Config.model_validate({**sections, "data": [{"name": "faq", "task": "retrieval", "path": "f"}]})
-    return SimpleNamespace(config=config, report=Report({"sources": {}}, []), suite=SUITE)
+    return SimpleNamespace(config=config, report=PlanReport({"sources": {}}, []), suite=SUITE)
 
 
 @pytest.fixture

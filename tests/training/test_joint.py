@@ -66,17 +66,17 @@ def test_many_scores_are_held_in_tiles(found, tiny_model_folder, tmp_path, name,
     torch.testing.assert_close(tiled["gradients"], found["direct"][name]["gradients"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("room", "cached"), [(3, 1), (2, 2), (0, 4)])
-def test_micro_batches_run_again_for_other_ranks_count_as_memory(tiny_encoder, monkeypatch, room, cached):
+@pytest.mark.parametrize(("room", "recomputed"), [(3, 1), (2, 2), (0, 4)])
+def test_micro_batches_run_again_for_other_ranks_count_as_memory(tiny_encoder, monkeypatch, room, recomputed):
     """Two texts of one token in a micro-batch each, where another rank has four: room for `room` keeps as many."""
     tokens = tokenize(tiny_encoder, [Text("a", "", None), Text("b", "", None)], 1)
     micro_batches = tokens.micro_batches
     one = Footprint(1, 0).of(*shape(micro_batches[0]))
     seen = []
 
-    def embedded(encoder, micro_batches, place, middle, cached):
-        seen.append((len(micro_batches), cached))
-        return embed(encoder, micro_batches, place, middle, cached)
+    def embedded(encoder, micro_batches, place, middle, recomputed):
+        seen.append((len(micro_batches), recomputed))
+        return embed(encoder, micro_batches, place, middle, recomputed)
 
     elsewhere = iter([4, 0])  # micro-batches, and how many of them run again
     monkeypatch.setattr(joint, "most", lambda count: max(count, next(elsewhere)))
@@ -85,4 +85,4 @@ def test_micro_batches_run_again_for_other_ranks_count_as_memory(tiny_encoder, m
     batch = {"task": "similarity", "rows": 1, "place": tokens.place, "target": torch.ones(1)}
     ids = torch.arange(1)
     model([{**batch, "left_ids": ids, "right_ids": ids}], micro_batches)
-    assert seen == [(4, cached)]
+    assert seen == [(4, recomputed)]

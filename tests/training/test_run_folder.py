@@ -1,13 +1,18 @@
 """What a run folder holds when a run begins in it: nothing of an earlier run, unless it goes on from there."""
 
+import shutil
+from types import SimpleNamespace
+
 import pytest
 
-from codiemb.training.run_folder import RUN_FILES, begin
+from codiemb.errors import CheckpointError
+from codiemb.training.run_folder import RUN_FILES, begin, require_disk
 
 WRITTEN = {"config.yaml", "plan.json", "environment.json"}
 STALE = {
     "eval/step-50/sts.json", "conflict.jsonl", "comparison.json", "geometry/geometry.json", "geometry.json",
     "geometry.svg", "pareto.json", "pareto.svg", "trials.jsonl", "metrics.jsonl", "report.html",
+    "moves.json", "moves.svg", ".finished",
 }  # fmt: skip
 
 
@@ -35,8 +40,8 @@ def test_a_run_from_the_first_step_keeps_nothing_of_an_earlier_one(start, overwr
 
 
 def test_a_run_that_goes_on_keeps_its_files(start):
-    """But the report, which would call it finished."""
-    assert start(from_start=False) == {*STALE, *WRITTEN, "notes.txt"} - {"report.html"}
+    """But what calls it finished."""
+    assert start(from_start=False) == {*STALE, *WRITTEN, "notes.txt"} - {".finished"}
 
 
 def test_a_folder_where_no_run_was_loses_nothing(start):
@@ -56,3 +61,16 @@ def test_what_only_looks_like_a_checkpoint_stays(start, tmp_path):
     (tmp_path / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
     left = ("checkpoint-2/weights", "checkpoint-notes.txt", "checkpoint-best/weights")
     assert start(overwrite=True, left=left) == {*WRITTEN, *left[1:], "elsewhere/weights"}
+
+
+def test_what_the_run_will_remove_is_room(tmp_path, monkeypatch):
+    """A checkpoint that was being written, and with --overwrite the run before: on a tight disk neither could go on."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    for name, size in ((".writing/checkpoint-4/weights", 30), ("checkpoint-2/weights", 50), ("model/weights", 20)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    require_disk(tmp_path, 130, overwrite=False)
+    require_disk(tmp_path, 200, overwrite=True)
+    for needed, overwrite in ((131, False), (201, True)):
+        with pytest.raises(CheckpointError, match="of free disk"):
+            require_disk(tmp_path, needed, overwrite)

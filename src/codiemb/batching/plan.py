@@ -49,8 +49,6 @@ class Batch:
 class Step:
     """What one optimizer step holds: one batch, or (`paired`) one of each task."""
 
-    epoch: int
-    number: int
     batches: tuple[Batch, ...]
 
 
@@ -152,7 +150,7 @@ class Plan:
         """The steps of an epoch; exactly `len(self)` of them."""
         taken = {name: epoch * count for name, count in self.batches_per_epoch.items()}
         shuffles: dict[str, tuple[int, np.ndarray]] = {}
-        for number, names in enumerate(self.order(epoch)):
+        for names in self.order(epoch):
             batches = []
             for name in names:
                 pass_number, place = divmod(taken[name], self.batches_per_pass[name])
@@ -160,17 +158,17 @@ class Plan:
                 if name not in shuffles or shuffles[name][0] != pass_number:
                     shuffles[name] = pass_number, self._shuffle(name, pass_number)
                 batches.append(Batch(name, shuffles[name][1][self._cut(name, place)], pass_number))
-            yield Step(epoch, number, tuple(batches))
+            yield Step(tuple(batches))
 
     def rows_per_pass(self, name: str) -> int:
         """Rows of a source that a pass delivers; all of them, unless `drop_last`."""
         return min(self.lengths[name], self.batches_per_pass[name] * self.batch_sizes[name])
 
-    def longest_run(self, epoch: int = 0) -> int:
-        """The most consecutive steps of one source."""
+    def longest_run(self) -> int:
+        """The most consecutive steps of one source, in the first epoch."""
         longest = run = 0
         before: tuple[str, ...] = ()
-        for names in self.order(epoch):
+        for names in self.order(0):
             run = run + 1 if names == before else 1
             longest, before = max(longest, run), names
         return longest

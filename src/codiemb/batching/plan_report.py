@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from codiemb.batching.plan import Plan
-from codiemb.config import Config, Role, Source
+from codiemb.config import Batching, Config, Role, Source
 from codiemb.data.beir import read_qrels, read_queries
 from codiemb.data.readers import beir_files, beir_qrels, is_beir
 from codiemb.data.records import text_id
@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """The plan of a run as data (`plan.json`), as text, and what looks wrong."""
 
     content: dict[str, Any]
@@ -103,14 +103,14 @@ class Report:
         return "\n".join(lines)
 
 
-def check(
+def plan_report(
     config: Config,
     records: dict[str, Records],
     plan: Plan,
     tokenizer: Tokenizer,
     lengths: dict[Role, int | None],
     suite: Sequence[Source],
-) -> Report:
+) -> PlanReport:
     """The report on a run.
 
     Args:
@@ -128,7 +128,7 @@ def check(
     counts = plan.batches_per_epoch
     batches = sum(counts.values())
     sources: dict[str, Any] = {}
-    warnings: list[str] = []
+    warnings = _unused(config.batching)
     for name, source in records.items():
         tokens = _token_lengths(source, tokenizer, lengths)
         facts: dict[str, Any] = {
@@ -187,7 +187,18 @@ def check(
         "overlap": _overlaps(records, suite),
         "warnings": warnings,
     }
-    return Report(content, warnings)
+    return PlanReport(content, warnings)
+
+
+def _unused(batching: Batching) -> list[str]:
+    """A warning for each setting of another schedule than the one that is chosen."""
+    of_schedule = {"temperature": "temperature", "weights": "weights", "stages": "staged"}
+    return [
+        f"batching.{name} is of the schedule {schedule}; the schedule is {batching.schedule}, so it counts for nothing"
+        for name, schedule in of_schedule.items()
+        if batching.schedule != schedule
+        and getattr(batching, name) != Batching.model_fields[name].get_default(call_default_factory=True)
+    ]
 
 
 def _token_lengths(source: Records, tokenizer: Tokenizer, lengths: dict[Role, int | None]) -> dict[str, dict[str, Any]]:

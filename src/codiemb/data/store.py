@@ -29,7 +29,7 @@ from codiemb.data.beir import beir_records
 from codiemb.data.readers import files_of, is_beir, read_rows
 from codiemb.data.records import Record, RowReader
 from codiemb.errors import DataError
-from codiemb.files import LOCK
+from codiemb.files import LOCK, sync, told_of_full_disk
 from codiemb.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -134,13 +134,20 @@ def load_records(source: Source, *, keep_duplicates: bool = False) -> Records:
 
     stem = cache_folder("records") / _fingerprint(source, keep_duplicates)
     arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
-    if not facts.is_file():
-        with _turn(stem), _frozen_objects():
-            if not facts.is_file():
-                _write(source, keep_duplicates, arrow, facts)
-    counted = json.loads(facts.read_text())
-    table = datasets.Dataset.from_file(str(arrow))
-    return Records(source, table, counted["rows_read"], counted["dropped"], counted["texts_left_out"])
+
+    def cached() -> Records:
+        counted = json.loads(facts.read_text())
+        table = datasets.Dataset.from_file(str(arrow))
+        return Records(source, table, counted["rows_read"], counted["dropped"], counted["texts_left_out"])
+
+    damaged = (OSError, ValueError, KeyError)  # or not there yet
+    with contextlib.suppress(*damaged):
+        return cached()
+    with _turn(stem), _frozen_objects(), told_of_full_disk(stem.parent, "free some disk or set CODIEMB_CACHE"):
+        with contextlib.suppress(*damaged):
+            return cached()
+        _write(source, keep_duplicates, arrow, facts)
+        return cached()
 
 
 @contextlib.contextmanager
@@ -207,8 +214,9 @@ def _write(source: Source, keep_duplicates: bool, arrow: Path, facts: Path) -> N
             )
         counts = {"rows_read": rows_read, "dropped": reader.dropped, "texts_left_out": reader.texts_left_out}
         (Path(folder) / "facts.json").write_text(json.dumps(counts))
-        partial.replace(arrow)
-        (Path(folder) / "facts.json").replace(facts)
+        for written, final in ((partial, arrow), (Path(folder) / "facts.json", facts)):
+            sync(written)
+            written.replace(final)
 
 
 def _records(source: Source, reader: RowReader) -> Iterator[Record | None]:

@@ -14,10 +14,13 @@ same texts, and each encodes its share.
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +39,7 @@ from codiemb.encoder.model import hidden_states, require_one_way
 from codiemb.encoder.threads import pays, side_by_side
 from codiemb.encoder.tokens import PIECE, Features, Text, tokenize
 from codiemb.errors import EvaluationError
+from codiemb.files import told_of_full_disk
 
 _LARGEST_IN_MEMORY = 2**30  # bytes of embeddings
 
@@ -52,13 +56,13 @@ def embed(
     micro_batches: list[Features],
     place: Tensor,
     middle: bool = False,
-    cached: int = 0,
+    recomputed: int = 0,
 ) -> Embeddings:
     """Embeddings of tokenised texts, in the order asked for, float32; with gradient where it is enabled.
 
     Args:
         middle: also pool hidden_states[len // 2] of the same forward pass.
-        cached: so many micro-batches, from the first, keep no activations and run again in the backward pass. The
+        recomputed: so many micro-batches, from the first, keep no activations and run again in the backward pass. The
             gradients are the same to the last bit.
     """
 
@@ -71,7 +75,7 @@ def embed(
     seeds = torch.randint(2**62, (len(micro_batches),)).tolist() if encoder.training else [0] * len(micro_batches)
     inside = partial(hidden_states, encoder, middle)
     if pays(encoder, micro_batches):
-        columns = side_by_side(encoder, run, micro_batches, seeds, cached, inside)
+        columns = side_by_side(encoder, run, micro_batches, seeds, recomputed, inside)
     else:
 
         def alone(seed: int, features: Features) -> tuple[Tensor, ...]:
@@ -84,7 +88,7 @@ def embed(
         # Without early stop: no exception passes through the model's hooks, and after pooling nothing is to be saved.
         with set_checkpoint_early_stop(False):
             for number, one in enumerate(zip(seeds, micro_batches, strict=True)):
-                rows.append(checkpoint(alone, *one, use_reentrant=False) if number < cached else alone(*one))
+                rows.append(checkpoint(alone, *one, use_reentrant=False) if number < recomputed else alone(*one))
         columns = tuple(torch.cat(column) for column in zip(*rows, strict=True))
     final, *others = (column[place] for column in columns)
     return Embeddings(final, others[0] if middle else None)
@@ -157,7 +161,10 @@ def room(rows: int, like: Float[Tensor, "row dim"]) -> Float[Tensor, "text dim"]
     size = (rows, like.shape[1])
     if like.device.type != "cpu" or rows * like.shape[1] * like.element_size() <= _LARGEST_IN_MEMORY:
         return like.new_empty(size)
-    with tempfile.TemporaryFile() as file:
+    folder = Path(tempfile.gettempdir())
+    with told_of_full_disk(folder, "free some disk or set TMPDIR"), tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):  # else a disk that fills kills the process at the first page without room
+            os.posix_fallocate(file.fileno(), 0, math.prod(size) * like.element_size())
         return torch.from_numpy(np.memmap(file, dtype=np.float32, mode="w+", shape=size))
 
 

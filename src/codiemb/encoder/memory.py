@@ -61,7 +61,7 @@ class Memory:
     footprint: Footprint
     micro_batch_tokens: int
 
-    def cached(self, micro_batches: list[dict[str, Any]]) -> int:
+    def recomputed(self, micro_batches: list[dict[str, Any]]) -> int:
         """How many micro-batches, from the first, must not keep their activations.
 
         The last ones keep theirs: the backward pass frees those before it runs the first of the others again.

@@ -35,7 +35,7 @@ def side_by_side(
     run: Run,
     micro_batches: Sequence[dict[str, Any]],
     seeds: Sequence[int],
-    cached: int,
+    recomputed: int,
     inside: Inside,
 ) -> Outputs:
     """The outputs of all micro-batches, each as one tensor; with gradient where it is enabled.
@@ -45,13 +45,13 @@ def side_by_side(
         run: a micro-batch -> its outputs, [text, ...] each.
         micro_batches: at least one.
         seeds: of each micro-batch, what its dropout depends on.
-        cached: so many, from the first, keep no activations.
+        recomputed: so many, from the first, keep no activations.
         inside: a context of the whole process, in which they are made.
     """
     jobs = [_Job(run, features, seed) for features, seed in zip(micro_batches, seeds, strict=True)]
     weights = [weight for weight in encoder.parameters() if weight.requires_grad]
     if torch.is_grad_enabled() and weights:
-        return _SideBySide.apply(jobs, cached, partial(_inside, encoder, inside), *weights)
+        return _SideBySide.apply(jobs, recomputed, partial(_inside, encoder, inside), *weights)
     inference = torch.is_inference_mode_enabled()
     with inside(), _workers(len(jobs)) as workers:
         outputs = list(workers.map(lambda job: job.forward(keep=False, inference=inference), jobs))
@@ -114,9 +114,9 @@ class _Job:
 
 class _SideBySide(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, jobs: list[_Job], cached: int, inside: Inside, *weights: Tensor) -> Outputs:
+    def forward(ctx: Any, jobs: list[_Job], recomputed: int, inside: Inside, *weights: Tensor) -> Outputs:
         with inside(), _workers(len(jobs)) as workers:
-            keep = [number >= cached for number in range(len(jobs))]
+            keep = [number >= recomputed for number in range(len(jobs))]
             outputs = list(workers.map(_Job.forward, jobs, keep))
         ctx.set_materialize_grads(False)  # weights that only an output without use depends on have no gradient, not 0
         ctx.jobs, ctx.inside, ctx.weights = jobs, inside, weights

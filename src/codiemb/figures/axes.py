@@ -34,16 +34,16 @@ class Axis:
         return ticks(self.low, self.high)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values from `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
-    step = _step(high - low, count)
+def ticks(low: float, high: float) -> list[float]:
+    """About five round values from `low` to `high`: steps of 1, 2 or 5 times a power of ten."""
+    step = _step(high - low)
     return [
         round(place * step, 12) for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     ]
 
 
-def _step(width: float, count: int) -> float:
-    rough = width / count
+def _step(width: float) -> float:
+    rough = width / 5
     order = 10.0 ** math.floor(math.log10(rough))
     return next(factor * order for factor in (1, 2, 5, 10) if factor * order >= rough * 0.999)
 
@@ -65,7 +65,7 @@ def axis(values: Iterable[float], start: float, end: float, *, zero: bool = Fals
     if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: room around it
         room = abs(high) / 10 or 1.0
         low, high = (low if zero and low == 0 else low - room), high + room
-    step = _step(high - low, 5)
+    step = _step(high - low)
     return Axis(math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step, start, end)
 
 

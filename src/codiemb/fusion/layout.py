@@ -11,7 +11,6 @@ from codiemb.errors import CheckpointError
 
 ADAPTERS = "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_WEIGHTS = ("model.safetensors", _INDEX, ADAPTERS)
 # Of a checkpoint, not of a model.
 _LEFT_OUT = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.distcp", "*.onnx", "*.h5", "*.msgpack"),

@@ -24,7 +24,7 @@ from codiemb.config import Granularity, Norm, Weighting
 from codiemb.errors import CheckpointError
 from codiemb.fusion.folder import Stored, Weights
 from codiemb.fusion.numbers import narrowed, sum_of_squares, widened, wider
-from codiemb.fusion.weights import finished, layer_of, norm_of_parts, of_elements, weights_of
+from codiemb.fusion.weights import layer_of, norm_from_sums, norm_of_parts, of_elements, weights_of
 
 TILE = 1 << 15  # elements worked on at once: what stays in a cache, and is not given back to the system each time
 THREADS = min(8, os.cpu_count() or 1)  # each holds a tile of every model
@@ -107,7 +107,7 @@ class Linear:
             def norms(mixes: np.ndarray) -> np.ndarray:
                 with workers() as threads:
                     parts = list(threads.map(lambda tensor: self._sums(tensor, mixes), known))
-                return finished(np.stack(parts).sum(axis=0), self.norm, elements)
+                return norm_from_sums(np.stack(parts).sum(axis=0), self.norm, elements)
 
             self.summary = {"model": self._guided(norms, len(known[0].parents)).tolist()}
         if isinstance(self.given, Mapping):
@@ -128,7 +128,7 @@ class Linear:
         elif self.granularity == "tensor":
             elements = tensor.like.rows * tensor.like.width
             weights = self._guided(
-                lambda mixes: finished(self._sums(tensor, mixes), self.norm, elements), models
+                lambda mixes: norm_from_sums(self._sums(tensor, mixes), self.norm, elements), models
             ).tolist()
         else:
             return None
@@ -150,7 +150,7 @@ class Linear:
                 if self.granularity == "element":
                     return of_elements(mixed, self.norm)
                 rows = np.stack([norm_of_parts(delta, self.norm, rows=True) for delta in mixed])
-                return finished(rows.astype(np.float64), self.norm, tensor.like.width)[..., None]
+                return norm_from_sums(rows.astype(np.float64), self.norm, tensor.like.width)[..., None]
 
             weights = self._guided(norms, len(parts))
         total = None
@@ -175,7 +175,7 @@ class Linear:
         return (across[:, None] * within).sum(axis=0)
 
     def _sums(self, tensor: Tiles, mixes: Float[np.ndarray, "mix model"]) -> Float[np.ndarray, " mix"]:
-        """What `finished` makes the norm of each mix of the deltas of."""
+        """Of each mix of the deltas the sum over the tensor, which `norm_from_sums` makes a norm of."""
         sums = np.zeros(len(mixes))
         for begin, parts, base in tensor:
             assert base is not None

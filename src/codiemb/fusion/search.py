@@ -197,8 +197,8 @@ def require_cma() -> Any:
         ) from None
 
 
-def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
-    """The way from the first checkpoint to the second in equal steps, any further checkpoint as a point beside it.
+def pareto(search: Search, tasks: Sequence[str]) -> str:
+    """The way from the first checkpoint to the second in ten equal steps, any further checkpoint as a point beside it.
 
     Writes `pareto.json` and `pareto.svg` and keeps the knee of the front; returns a table.
 
@@ -211,7 +211,7 @@ def pareto(search: Search, tasks: Sequence[str], steps: int = 11) -> str:
     if len(tasks) != 2:
         raise ConfigError("--suite", got=f"data sets of {', '.join(tasks)} alone", expected="retrieval and similarity")
     one, other = search.checkpoints[:2]
-    shares = [step / (steps - 1) for step in range(steps)]
+    shares = [step / 10 for step in range(11)]
     for share in shares:
         search.fused([one, other], {"method": "weighted", "weights": [1 - share, share]})
     for further in search.checkpoints[2:]:

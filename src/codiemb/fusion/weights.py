@@ -62,7 +62,7 @@ def norm_of_parts(part: Float[np.ndarray, "row width"], norm: Norm, rows: bool) 
     return size.sum(axis=1) if rows else size.sum().reshape(1)
 
 
-def finished(parts: np.ndarray, norm: Norm, elements: int) -> np.ndarray:
+def norm_from_sums(parts: np.ndarray, norm: Norm, elements: int) -> np.ndarray:
     """The norm from the sum of all its parts over `elements` numbers."""
     if norm == "l2":
         return np.sqrt(parts)

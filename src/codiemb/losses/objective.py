@@ -1,7 +1,7 @@
 """What a batch is trained on: tables from names to losses, by the shape of the batch, and their weighted sum.
 
 A batch of `lists` holds queries with ragged documents, a batch of `pairs` two texts and a score each. An objective
-takes the embeddings of a whole batch and gives its parts by name, unweighted, with their weights.
+gives its parts by name, unweighted, with their weights: of the whole batch, or (`Objective.rows`) of a rank's rows.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Objective:
         return torch.stack([self.weights[name] * part for name, part in self.parts.items()]).sum()
 
 
-# From normalised embeddings and settings to a scalar.
+# From a batch and settings to a scalar; embeddings of lists come normalised, those of pairs as they are.
 LIST_LOSSES: dict[str, Callable[[Lists, Settings], Tensor]] = {
     "info_nce": lambda batch, settings: info_nce(
         batch.queries,

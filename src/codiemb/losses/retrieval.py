@@ -81,6 +81,8 @@ def info_nce(
         raise ValueError(f"hardness: got {hardness}, expected 0 or above")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1, or None")
+    if candidates not in ("all", "same_slot"):
+        raise ValueError(f"candidates: got {candidates!r}, expected 'all' or 'same_slot'")
     if candidates == "same_slot" and slot is None:
         raise ValueError("slot: got none, expected one for each document because candidates='same_slot'")
     if relevant is not None and document_ids is None:

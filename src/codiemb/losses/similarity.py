@@ -31,6 +31,9 @@ def pearson(predicted: Float[Tensor, " pair"], target: Float[Tensor, " pair"]) -
     Args:
         predicted: cosines.
         target: labels, any scale.
+
+    Raises:
+        ValueError: another shape.
     """
     predicted, target = checked(predicted, target)
     left, right = _centred(predicted), _centred(target)
@@ -57,9 +60,14 @@ def rank_kl(
 
     Returns:
         A scalar; 0 for one pair or none.
+
+    Raises:
+        ValueError: another shape, a temperature or reduction that is none.
     """
     predicted, target = checked(predicted, target)
     check_temperature(temperature)
+    if reduction not in ("batchmean", "sum"):
+        raise ValueError(f"reduction: got {reduction!r}, expected 'batchmean' or 'sum'")
     n = len(predicted)
     if n < 2:
         return 0 * predicted.sum()
@@ -87,6 +95,9 @@ def pro(
 
     Returns:
         A scalar; 0, connected to the graph, when all labels are equal.
+
+    Raises:
+        ValueError: another shape, or a temperature that is not above 0.
     """
     predicted, target = checked(predicted, target)
     check_temperature(temperature)
@@ -113,8 +124,10 @@ def mid_nce(
 ) -> Float[Tensor, ""]:
     """InfoNCE over the pairs whose label reaches the threshold; the other right-hand texts are the negatives.
 
+    CoDiEmb takes it of the middle layer; it knows no layer, so the pair loss `info_nce` is the same of embeddings.
+
     Args:
-        left: pooled middle-layer states of the left texts, normalised.
+        left: pooled states of the left texts, normalised.
         right: the same of the right texts.
         target: labels on the 0..1 scale.
         left_ids: equal ids mean equal texts; a text is no negative of itself, whichever side it stands on.
@@ -124,6 +137,9 @@ def mid_nce(
 
     Returns:
         A scalar, at least 0; 0, connected to the graph, when no label reaches the threshold.
+
+    Raises:
+        ValueError: another shape, or a temperature that is not above 0.
     """
     pairs = torch.arange(len(left), device=left.device)
     return info_nce(

@@ -122,9 +122,7 @@ class Difference(_Content):
     model: Bounded
     difference: Bounded
     interval: tuple[Bounded, Bounded] | None = None
-    p: float | None = None
     p_holm: float | None = None
-    effect_size: float | None = None
     verdict: str
 
 
@@ -139,9 +137,9 @@ class Comparison(_Content):
     comparisons: list[ModelComparison]
     settings: dict[str, Any] = {}
 
-    def of(self, model: str, reference: str = "base") -> ModelComparison | None:
-        """The comparison of a model with the reference, both by the last part of their names."""
-        if Path(self.reference).name != reference:
+    def of(self, model: str) -> ModelComparison | None:
+        """The comparison of a model with `base`, both by the last part of their names."""
+        if Path(self.reference).name != "base":
             return None
         return next((found for found in self.comparisons if Path(found.model).name == model), None)
 

@@ -72,6 +72,8 @@ def read_run(folder: Path) -> Run:
         )
         run.evaluations[model] = {one.dataset: one for one in ranked}
     for path in sorted(folder.glob("fused/**/fusion.json")):
+        if path.parent.name.startswith("."):  # it is being written
+            continue
         if (fusion := _one(path, Fusion)) is not None:
             run.fusions[path.parent.relative_to(folder / "fused").as_posix()] = fusion
     for path in sorted([*folder.glob("trials.jsonl"), *folder.glob("fused/**/trials.jsonl")]):

@@ -45,12 +45,12 @@ class Score:
         return self.tested.verdict if self.tested else UNTESTED
 
 
-def scores(run: Run, before: str = "base", after: str = "model") -> list[Score]:
-    """By data set the headline metric of two models, for the data sets that both were scored on."""
-    compared = run.comparison.of(after, before) if run.comparison else None
+def scores(run: Run) -> list[Score]:
+    """By data set the headline metric before and after training, for the data sets that both were scored on."""
+    compared = run.comparison.of("model") if run.comparison else None
     tested = {line.name: line for line in compared.data_sets} if compared else {}
     found = []
-    for one, other in in_both(run, before, after):
+    for one, other in in_both(run):
         shared = [metric for metric in one.metrics if metric in other.metrics]
         line = tested.get(one.dataset)
         metric = line.metric if line and line.metric in shared else shared[0]
@@ -60,16 +60,16 @@ def scores(run: Run, before: str = "base", after: str = "model") -> list[Score]:
     return found
 
 
-def in_both(run: Run, before: str = "base", after: str = "model") -> list[tuple[Evaluation, Evaluation]]:
-    """Data sets that two models were scored on by a common metric."""
-    of_before, of_after = run.evaluations.get(before, {}), run.evaluations.get(after, {})
+def in_both(run: Run) -> list[tuple[Evaluation, Evaluation]]:
+    """Data sets that were scored before and after training by a common metric."""
+    of_before, of_after = run.evaluations.get("base", {}), run.evaluations.get("model", {})
     pairs = [(one, of_after[data_set]) for data_set, one in of_before.items() if data_set in of_after]
     return [(one, other) for one, other in pairs if one.metrics.keys() & other.metrics.keys()]
 
 
-def means(run: Run, found: Sequence[Score], after: str = "model") -> list[Score]:
+def means(run: Run, found: Sequence[Score]) -> list[Score]:
     """Of each task over its data sets, and over all data sets if there are several tasks."""
-    compared = run.comparison.of(after) if run.comparison else None
+    compared = run.comparison.of("model") if run.comparison else None
     tested = {line.task: line for line in compared.means} if compared else {}
     by_task: dict[str, list[Score]] = {}
     for score in found:

@@ -2,7 +2,8 @@
 
 There are two shapes. In `lists` a record is a query with any number of positive and negative texts, perhaps with
 scores; in `pairs` it is two texts and a score from 0 to 1. Batches, embeddings and losses know the shapes only
-(`codiemb.losses.objective`), so a new task is a file with its defaults and a line in `codiemb.tasks.TASKS`.
+(`codiemb.losses.objective`), so a new task is a file with its defaults and a line in `codiemb.tasks.TASKS`; how it is
+scored stands in `codiemb.evaluation`.
 
 This package imports no torch: it is part of the configuration.
 """
@@ -88,6 +89,8 @@ class ListLosses(Section):
 
 _OPTIONS = {  # which types of list losses have an option
     "candidates": ("info_nce",),
+    "cross_device": ("info_nce", "triplet"),
+    "group_size": ("info_nce", "triplet"),
     "hardness": ("info_nce",),
     "false_negative_margin": ("info_nce",),
     "symmetric": ("info_nce",),

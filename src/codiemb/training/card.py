@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+from codiemb.batching.plan_report import PlanReport
 from codiemb.config import Config, Source, dump_config
-from codiemb.data.checks import Report
 from codiemb.evaluation.metrics import HEADLINE
 from codiemb.files import write_whole
 from codiemb.report.facts import Comparison, Difference
@@ -22,7 +22,7 @@ _UNTESTED = "The differences are not tested."
 def write_card(
     folder: Path,
     config: Config,
-    report: Report,
+    report: PlanReport,
     base: Results,
     trained: Results,
     suite: Sequence[Source],

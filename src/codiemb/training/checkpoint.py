@@ -159,8 +159,13 @@ def _scheduled(checkpoint: Path) -> bool:
 
 def clean(run: Path) -> None:
     """Removes what a process that died has left half done."""
-    for path in (run / WRITING, *run.glob(f"{REMOVING}*")):
+    for path in half_done(run):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def half_done(run: Path) -> list[Path]:
+    """What is being written or removed, by this process or one that died."""
+    return [run / WRITING, *run.glob(f"{REMOVING}*")]
 
 
 def replace(written: Path, final: Path) -> None:

@@ -93,7 +93,7 @@ def fixed_batches(reader: StepReader) -> dict[str, list[Any]]:
     )
     batches = [batch for step in other.steps(0) for batch in step.batches]
     by_task = {task: [batch for batch in batches if plan.tasks[batch.source] == task] for task in TASKS_COMPARED}
-    return {task: [drawn[Step(0, 0, (batch,))] for batch in found[:BATCHES]] for task, found in by_task.items()}
+    return {task: [drawn[Step((batch,))] for batch in found[:BATCHES]] for task, found in by_task.items()}
 
 
 def gradient_of(joint: JointModel, batches: Iterable[Any]) -> Gradient:

@@ -68,11 +68,11 @@ class JointModel(nn.Module):
         if self.sharded:  # what is done again to keep step with other ranks stands behind, where no text has its place
             again = most(len(micro_batches)) - len(micro_batches)
             micro_batches = micro_batches + again * micro_batches[-1:]
-        cached = 0 if self.memory is None else self.memory.cached(micro_batches)
+        recomputed = 0 if self.memory is None else self.memory.recomputed(micro_batches)
         if self.sharded:
-            cached = most(cached)  # what runs again exchanges weights again
+            recomputed = most(recomputed)  # what runs again exchanges weights again
         middle = any(self._takes_middle(batch["task"]) for batch in batches)
-        final, hidden = embed(self.encoder, micro_batches, place, middle, cached)
+        final, hidden = embed(self.encoder, micro_batches, place, middle, recomputed)
         self.mark("forward")
         scaled, seen, start = [], [], 0
         for batch in batches:
@@ -144,7 +144,9 @@ def _lists(final: Tensor, batch: dict[str, Any], settings: dict[str, Any]) -> Li
 def _pairs(final: Tensor, hidden: Tensor | None, batch: dict[str, Any]) -> Pairs:
     """This rank's pairs, with the labels of all ranks."""
     n = batch["rows"]
-    target = batch["target"].view(torch.int32)  # its bits, among whole numbers
+    target = batch["target"].view(
+        torch.int32
+    )  # its bits as a whole number, so that labels and ids travel in one exchange
     listed = torch.stack([target, batch["left_ids"], batch["right_ids"]], dim=1)
     target, left_ids, right_ids = joined(listed)[0].unbind(dim=1)
     target = target.int().view(torch.float32)

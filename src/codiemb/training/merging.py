@@ -93,7 +93,8 @@ def _merges(config: Config, settings: Fusion, averaged: SentenceTransformer | No
     made: list[str] = []
     for method in settings.methods:
         out = run / "fused" / method
-        shutil.rmtree(out, ignore_errors=True)  # of a run that was ended here
+        for left in (out, *out.parent.glob(f"{WRITING}-{method}-*")):  # by a run that was ended here
+            shutil.rmtree(left, ignore_errors=True)
         if method == "ema":
             assert averaged is not None
             _write_average(averaged, out, settings.ema_decay, run, base)

@@ -1,6 +1,6 @@
 """The whole run, from a configuration to a run folder with a trained and evaluated model.
 
-`prepare` is everything that can fail on bad input: it reads, checks and plans, and writes nothing. `train` then makes
+`prepare` reads, checks and plans, and writes nothing. `train` also refuses what depends on devices and disk, then makes
 the run folder and fills it.
 """
 
@@ -22,8 +22,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback, set_seed
 
 from codiemb.batching.plan import Plan
+from codiemb.batching.plan_report import PlanReport, plan_report
 from codiemb.config import ROLES, Config, Role, Source, dump_config
-from codiemb.data.checks import Report, check
 from codiemb.data.store import Records, load_records
 from codiemb.distributed import agree, barrier, on_first, rank, start, world_size
 from codiemb.encoder.adapters import merge_adapters, without_head
@@ -44,7 +44,7 @@ from codiemb.training.ema import require_same_mean
 from codiemb.training.facts import facts_of, require_same_run
 from codiemb.training.merging import averaged_encoder, merge_run
 from codiemb.training.results import TrainResult, compare_run, report_run
-from codiemb.training.sharding import loading_whole, require_devices
+from codiemb.training.sharding import loading_whole, require_devices, require_same_shards
 from codiemb.training.stop import StopOnSignal
 from codiemb.training.trainer import JointTrainer, checkpoint_bytes, model_bytes, training_arguments
 from codiemb.versions import versions
@@ -64,7 +64,7 @@ class Prepared:
     dev: Sequence[Source]
     digests: dict[str, str]  # of the data sets of suite and dev
     bf16: bool
-    report: Report
+    report: PlanReport
 
 
 def prepare(config: Config, device: str | None = None) -> Prepared:
@@ -98,7 +98,7 @@ def prepare(config: Config, device: str | None = None) -> Prepared:
         return np.array([len(ids) for ids in encoded["input_ids"]])
 
     kept = {role: max_length(encoder, role) for role in ROLES}
-    report = check(config, records, plan, count_tokens, kept, suite)
+    report = plan_report(config, records, plan, count_tokens, kept, suite)
     return Prepared(config, encoder, records, plan, suite, dev, digests, bf16, report)
 
 
@@ -130,10 +130,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             require_same_run(checkpoint, facts, str(run / "config.yaml"))
             if config.fusion and "ema" in config.fusion.methods:
                 require_same_mean(checkpoint.path, config.fusion.ema_decay)
+            require_same_shards(config, checkpoint)
         needed = model_bytes(encoder)
         if config.train.save_strategy != "no":
             needed += checkpoint_bytes(encoder, averaged=config.fusion is not None and "ema" in config.fusion.methods)
-        run_folder.require_disk(run, needed)
+        run_folder.require_disk(run, needed, overwrite)
         agree({**facts, **_only_compared(prepared)}, "before the first step")
         trainer = JointTrainer(encoder, config, prepared.plan, prepared.records, facts, [stop], checkpoint)
         if config.evaluation.every_steps and suite:
@@ -194,6 +195,7 @@ def _finish(
         keep_scheduled(run)
         clean(run)
         report_run(run)
+        (run / run_folder.FINISHED).touch()
     return TrainResult(run / "model", base, trained, suite, fused, comparison)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from codiemb.distributed import world_size
 from codiemb.errors import CheckpointError, ConfigError
 from codiemb.files import held, nearest_folder, require_folder, write_whole
-from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, newest_whole
+from codiemb.training.checkpoint import WRITING, Checkpoint, checkpoints, clean, half_done, newest_whole
 from codiemb.training.facts import changed
 
-REPORT = "report.html"  # the last to be written: where it is with a model, the run is finished
+FINISHED = ".finished"  # the last to be written
 RUN_FILES = (
+    FINISHED,
     "config.yaml",
     "plan.json",
     "metrics.jsonl",
@@ -30,7 +31,9 @@ RUN_FILES = (
     "pareto.json",
     "pareto.svg",
     "trials.jsonl",
-    REPORT,
+    "moves.json",
+    "moves.svg",
+    "report.html",
     "environment.json",  # the last to go: where it is, an earlier run was
 )
 
@@ -44,7 +47,7 @@ def find_checkpoint(run: Path, resume: bool, overwrite: bool) -> tuple[Checkpoin
         )
     if overwrite:
         return None, []
-    finished = (run / REPORT).exists() or not checkpoints(run)
+    finished = (run / FINISHED).exists() or not checkpoints(run)  # without them there is nothing to go on from
     if finished and (run / "model").exists():
         raise ConfigError(
             f"output_dir {run}",
@@ -100,7 +103,7 @@ def begin(run: Path, overwrite: bool, from_start: bool, files: Mapping[str, str]
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     clean(run)
     if not from_start:
-        (run / REPORT).unlink(missing_ok=True)
+        (run / FINISHED).unlink(missing_ok=True)
     run.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_whole(run / name, content)
@@ -117,9 +120,11 @@ def resuming_text(run: Path, checkpoint: Checkpoint | None, environment: dict[st
     return text
 
 
-def require_disk(run: Path, needed: int) -> None:
-    """Refuses a run that has not so many bytes of disk for a checkpoint and the model."""
-    free = shutil.disk_usage(nearest_folder(run)).free
+def require_disk(run: Path, needed: int, overwrite: bool) -> None:
+    """Refuses a run that has not so many bytes of disk for a checkpoint and the model, once `begin` has removed what
+    an earlier one has left."""
+    gone = [*half_done(run), *(checkpoints(run) if overwrite else []), *(run / name for name in RUN_FILES if overwrite)]
+    free = shutil.disk_usage(nearest_folder(run)).free + sum(map(_bytes, gone))
     if free < needed:
         raise CheckpointError(
             f"output_dir {run}",
@@ -127,3 +132,11 @@ def require_disk(run: Path, needed: int) -> None:
             expected=f"at least {needed / 1e9:.2f} GB for a checkpoint and the model",
             fix="free some disk or choose another output_dir",
         )
+
+
+def _bytes(path: Path) -> int:
+    """What goes with a file or folder; behind a link nothing does."""
+    if path.is_symlink():
+        return 0
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())

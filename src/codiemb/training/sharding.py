@@ -19,6 +19,7 @@ from codiemb.config import Config
 from codiemb.distributed import world_size
 from codiemb.encoder.model import load_encoder
 from codiemb.errors import ConfigError
+from codiemb.training.checkpoint import Checkpoint
 
 
 def require_devices(config: Config) -> None:
@@ -33,6 +34,21 @@ def require_devices(config: Config) -> None:
     if (config.train.fsdp or config.train.deepspeed) and world_size() == 1:
         raise ConfigError(
             setting, got="one process", expected="one per GPU", fix="start with torchrun --nproc-per-node gpu"
+        )
+
+
+def require_same_shards(config: Config, checkpoint: Checkpoint) -> None:
+    """Refuses to go on with DeepSpeed on another number of processes, whose files it cannot share out anew.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if config.train.deepspeed and checkpoint.world_size != world_size():
+        raise ConfigError(
+            "--resume, train.deepspeed",
+            got=f"{world_size()} processes",
+            expected=f"{checkpoint.world_size}, which wrote {checkpoint.path}",
+            fix="start as many, or a new run",
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 
@@ -35,6 +35,8 @@ from codiemb.training.metrics import MetricsLog
 from codiemb.training.sharding import complete_zero, unused_parameters, whole_encoder
 
 BALANCE_FILE = "balance.json"
+# Optimizers that switch between two sets of weights, step inside the backward pass, or want the names of layers.
+_WANT_MORE = ("schedule_free", "lomo", "adalomo", "galore", "apollo")
 _SET_HERE = {
     "bf16",
     "warmup_ratio",
@@ -99,6 +101,7 @@ class JointTrainer(Trainer):
         self.config = config
         self.rank_check_steps = config.train.rank_check_steps
         self.ahead: Ahead | None = None
+        self.workers_start = contextlib.ExitStack()  # holds back signals until loader workers have begun
 
     def get_train_dataloader(self) -> StepLoader:
         return StepLoader(self.step_reader.plan, self.step_reader, self.args.dataloader_num_workers)
@@ -106,7 +109,10 @@ class JointTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """From its last checkpoint a run has no step to go; the Trainer would do one more."""
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            with contextlib.ExitStack() as self.workers_start:
+                if self.args.dataloader_num_workers:
+                    self.workers_start.enter_context(signals_wait())
+                super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The next step's tokens, made in a thread while the last steps ran."""
@@ -116,8 +122,8 @@ class JointTrainer(Trainer):
             if self.ahead is None or self.ahead.items is not epoch_iterator:
                 self.ahead = Ahead(epoch_iterator)
             epoch_iterator = self.ahead
-        with signals_wait() if self.args.dataloader_num_workers else contextlib.nullcontext():
-            samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.workers_start.close()
         self.step_log.clock.mark("data")
         return samples
 
@@ -231,6 +237,7 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
             "train", got=str(error).splitlines()[0], expected="values that transformers accepts"
         ) from None
     complete_zero(arguments)
+    _require_optimizer(arguments, config.train.optim, config.train.lr_scheduler_type)
     trackers = get_available_reporting_integrations()
     if missing := [name for name in arguments.report_to or () if name not in trackers]:
         raise ConfigError(
@@ -241,6 +248,26 @@ def training_arguments(config: Config, device: torch.device) -> TrainingArgument
         )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for torchrun, not for DataParallel
     return arguments
+
+
+def _require_optimizer(arguments: TrainingArguments, optim: str, schedule: str) -> None:
+    """Refuses an optimizer or a schedule that the Trainer would fail to make when data and model are ready, or that
+    wants more of it than steps.
+
+    Raises:
+        ConfigError: it names the setting.
+    """
+    key, expected = "train.optim", "one that is installed and needs its steps alone, as adamw_torch_fused"
+    try:
+        if optim.startswith(_WANT_MORE):
+            raise ValueError(optim)
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = kind([torch.nn.Parameter(torch.zeros(1, device=arguments.device))], **settings)
+        key, expected = "train.lr_scheduler_type", "one without settings of its own, as linear or cosine"
+        get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=2)
+    except (ImportError, ValueError, TypeError, RuntimeError) as error:
+        got = f"{optim if key == 'train.optim' else schedule} ({str(error).splitlines()[0]})"
+        raise ConfigError(key, got=got, expected=expected) from None
 
 
 class _SettingsOfNow(TrainerCallback):
