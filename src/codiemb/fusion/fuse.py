@@ -7,7 +7,6 @@ given weights. SLERP, task arithmetic, TIES, DARE, SCE and model stock are merge
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -15,11 +14,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 from threadpoolctl import threadpool_limits
 
 from codiemb.config import Granularity, Method, Norm, Weighting
@@ -29,22 +27,13 @@ from codiemb.files import publish, require_folder, sha256, told_of_full_disk, wr
 from codiemb.fusion.alike import copy_rest, opened, write_indexes
 from codiemb.fusion.folder import Weights
 from codiemb.fusion.layout import modules_of
-from codiemb.fusion.merge import Linear, Rule, Tiles, merge
+from codiemb.fusion.merge import Linear, Rule, merge
+from codiemb.fusion.mergekit import MERGEKIT, Mergekit
+from codiemb.fusion.settings import require_settings
 from codiemb.fusion.weights import layer_of
 from codiemb.versions import versions
 
 logger = logging.getLogger(__name__)
-
-MERGEKIT = {  # its name there, and settings where ours differ from its defaults
-    "slerp": ("slerp", {"t": 0.5}),
-    "task_arithmetic": ("task_arithmetic", {"weight": 1.0}),
-    "ties": ("ties", {"weight": 1.0, "density": 0.2}),
-    "dare": ("dare_linear", {"weight": 1.0, "density": 0.5}),
-    "dare_ties": ("dare_ties", {"weight": 1.0, "density": 0.5}),
-    "sce": ("sce", {"select_topk": 0.1}),
-    "model_stock": ("model_stock", {}),
-}
-METHODS = ("delta", "uniform", "weighted", *MERGEKIT)
 
 
 @dataclass(frozen=True)
@@ -165,128 +154,6 @@ def fuse(
                 out.rmdir()
             publish(unfinished, out)
     return Fused(out, facts)
-
-
-@dataclass
-class Mergekit:
-    """A method of mergekit, on one tensor after the other."""
-
-    method: str
-    parameters: dict[str, Any]
-    whole: bool = True
-    summary: dict[str, Any] = field(default_factory=dict)
-
-    def look(self, tensors: Sequence[Tiles]) -> None:
-        pass
-
-    def weigh(self, tensor: Tiles) -> None:
-        pass
-
-    def merge(self, tensor: Tiles, weighed: None, parts: list[np.ndarray], base: np.ndarray | None) -> np.ndarray:
-        import torch
-        from mergekit.merge_methods import BasePolicy, get, merge_state_dicts
-
-        if base is None:
-            return np.mean(parts, axis=0)
-        takes_base = get(self.method).spec.contract.base != BasePolicy.IGNORED
-        states: dict[Any, Any] = {place: {"x": torch.from_numpy(part)} for place, part in enumerate(parts)}
-        if takes_base and self.method != "slerp":
-            states["base"] = {"x": torch.from_numpy(base)}
-        origin = None if not takes_base else 0 if self.method == "slerp" else "base"
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            torch.manual_seed(int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:4], "little"))
-            try:
-                return merge_state_dicts(states, self.method, base=origin, parameters=self.parameters)["x"].numpy()
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise ConfigError(f"method {self.method}", got=str(error).splitlines()[0]) from None
-
-
-_DEFAULTS: dict[str, Any] = {
-    "granularity": "tensor",
-    "norm": "l2",
-    "weighting": "proportional",
-    "temperature": 1.0,
-    "scale": 1.0,
-    "weights": None,
-    "by_run": False,
-    "parameters": None,
-}
-
-
-def _used(method: str, weighting: str) -> set[str]:
-    """The settings that a method looks at."""
-    if method in MERGEKIT:
-        return {"parameters"}
-    if method == "delta":
-        used = {"granularity", "norm", "weighting", "scale", "by_run"}
-        return used | {"temperature"} if weighting == "softmax" else used
-    return {"scale", "weights"} if method == "weighted" else {"scale"}
-
-
-def require_settings(checkpoints: Sequence[str | Path], *, method: str = "delta", **settings: Any) -> None:
-    """Refuses settings of `fuse` that do not go together, or that the method would not look at.
-
-    Raises:
-        ConfigError: with what was expected.
-    """
-    settings = _DEFAULTS | settings
-    for name, value, known in (
-        ("method", method, METHODS),
-        ("granularity", settings["granularity"], get_args(Granularity)),
-        ("norm", settings["norm"], get_args(Norm)),
-        ("weighting", settings["weighting"], get_args(Weighting)),
-    ):
-        if value not in known:
-            raise ConfigError(name, got=repr(value), expected=f"one of {', '.join(known)}")
-    used = _used(method, settings["weighting"])
-    for name, value in settings.items():
-        if name not in used and value != _DEFAULTS[name]:
-            because = f"the method is {method}" if name != "temperature" or method != "delta" else "it is of softmax"
-            raise ConfigError(name, got=value, expected=f"none, because {because}")
-    if len(checkpoints) < 2:
-        raise ConfigError("checkpoints", got=len(checkpoints), expected="at least two")
-    if method == "slerp" and len(checkpoints) > 2:
-        raise ConfigError("checkpoints", got=len(checkpoints), expected="two, because the method is slerp")
-    folders = [str(Path(checkpoint).resolve()) for checkpoint in checkpoints]
-    if twice := [folder for folder in folders if folders.count(folder) > 1]:
-        raise ConfigError("checkpoints", got=f"{twice[0]} twice", expected="each once")
-    if not 0 < settings["temperature"] < math.inf:
-        raise ConfigError("temperature", got=settings["temperature"], expected="a number above 0")
-    if not math.isfinite(settings["scale"]):
-        raise ConfigError("scale", got=settings["scale"], expected="a number")
-    weights = settings["weights"]
-    if weights is None and method == "weighted":
-        raise ConfigError("weights", got="none", expected="one a checkpoint")
-    lists = [] if weights is None else [*weights.values()] if isinstance(weights, Mapping) else [weights]
-    for given in lists:
-        if len(given) != len(folders) or not 0 < sum(given) < math.inf or not all(map(math.isfinite, given)):
-            raise ConfigError(
-                "weights", got=list(given), expected=f"{len(folders)} numbers, one a checkpoint, sum above 0"
-            )
-    if method in MERGEKIT:
-        require_mergekit()
-
-
-def require_base(base: Path, methods: Sequence[str]) -> None:
-    """Refuses at once what a fusion at the end of a run would be refused for.
-
-    Raises:
-        CheckpointError: weights that cannot be read.
-        ConfigError: a method whose library is not installed.
-    """
-    if set(methods) - {"ema"}:
-        Weights(base).close()
-    if set(methods) & set(MERGEKIT):
-        require_mergekit()
-
-
-def require_mergekit() -> None:
-    try:
-        import mergekit.merge_methods  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "method", got="no mergekit", expected="the extra merge", fix="pip install 'codiemb[merge]'"
-        ) from None
 
 
 def require_empty(out: Path) -> None:

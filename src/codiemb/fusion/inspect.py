@@ -13,8 +13,8 @@ from codiemb.figures.charts import bars
 from codiemb.figures.picture import picture
 from codiemb.files import require_folder, write_json, write_whole
 from codiemb.fusion.alike import opened
-from codiemb.fusion.fuse import require_settings
 from codiemb.fusion.merge import Tiles, refuse_not_finite, tensors_of, workers
+from codiemb.fusion.settings import require_settings
 from codiemb.fusion.weights import layer_of
 
 

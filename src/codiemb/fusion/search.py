@@ -26,7 +26,8 @@ from codiemb.figures.picture import picture
 from codiemb.figures.scatter import scatter_plot
 from codiemb.files import write_json, write_whole
 from codiemb.fusion.alike import opened
-from codiemb.fusion.fuse import fuse, layers_of, require_empty, require_settings
+from codiemb.fusion.fuse import fuse, layers_of, require_empty
+from codiemb.fusion.settings import require_settings
 
 logger = logging.getLogger(__name__)
 

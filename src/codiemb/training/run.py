@@ -33,7 +33,7 @@ from codiemb.encoder.model import load_encoder, max_length, open_model, prompt, 
 from codiemb.errors import ConfigError, DataError
 from codiemb.evaluation.suite import Results, evaluate_suite, require_readable
 from codiemb.files import told_of_full_disk
-from codiemb.fusion.fuse import require_base
+from codiemb.fusion.settings import require_base
 from codiemb.report.facts import Comparison
 from codiemb.suites.suite import load_suite
 from codiemb.tasks import TASKS
