@@ -38,6 +38,7 @@ from tokenizers.models import WordLevel
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from codiemb.training.checkpoint import checkpoints, newest_whole
+from codiemb.training.run_folder import FINISHED
 from codiemb.versions import versions
 
 STEPS, SAVED_EVERY, KEPT = 240, 2, 2  # an epoch has 26 steps, so the last one ends in the middle
@@ -144,7 +145,7 @@ class Chaos:
         with self.start() as process:
             self.until(process, lambda: self.said_that(words), 300)
             kill(process)
-        assert not (self.run / "report.html").exists()
+        assert not (self.run / FINISHED).exists()
 
     def terminate(self) -> str:
         """SIGTERM to what the user started; the processes end by themselves, with a checkpoint."""

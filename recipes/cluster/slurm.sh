@@ -35,6 +35,7 @@ wait "$step" || code=$?
 if [[ $stopped == yes ]]; then
     code=0
     wait "$step" || code=$?   # the first was ended by the signal
-    [[ -e $OUTPUT_DIR/.finished ]] || scontrol requeue "$SLURM_JOB_ID"
+    RESUME=$(compgen -G "$OUTPUT_DIR/checkpoint-*" || true)
+    [[ -e $OUTPUT_DIR/.finished || ( -e $OUTPUT_DIR/model && -z $RESUME ) ]] || scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

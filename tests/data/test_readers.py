@@ -336,10 +336,21 @@ def test_a_fault_leaves_nothing_in_the_cache(tmp_path, cache):
     assert [path.name for path in cache.rglob("*") if path.is_file()] == [".lock"]
 
 
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def zeroed(path):
+    """The second half, as a file system leaves what it had no time to write."""
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2] + bytes(size - size // 2))
+
+
 @pytest.mark.parametrize("suffix", [".arrow", ".json"])
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["gone", "cut"])
-def test_what_a_power_cut_or_a_cleaner_has_left_is_read_again(tmp_path, cache, suffix, damage):
-    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+@pytest.mark.parametrize("damage", [Path.unlink, emptied, zeroed])
+def test_what_a_power_cut_or_a_cleaner_has_left_is_read_again(tmp_path, cache, monkeypatch, suffix, damage):
+    monkeypatch.setattr(store, "_ROWS_AT_ONCE", 1)
+    (tmp_path / "a.jsonl").write_bytes(lines({"query": f"q{n}", "positives": [f"p{n}"]} for n in range(20)))
     expected = rows_of(retrieval(tmp_path / "a.jsonl"))
     damage(next(path for path in cache.rglob(f"*{suffix}")))
     assert rows_of(retrieval(tmp_path / "a.jsonl")) == expected

@@ -2,16 +2,15 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
 
+from codiemb import load_config, train
+from codiemb.distributed import finish
 from tests.small_run import small_run
 
-ROOT = Path(__file__).parents[2]
 STILL = "model.dropout={hidden: 0, attention: 0}"
 DROPOUT = "model.dropout={hidden: 0.1, attention: 0.1}"
 
@@ -36,16 +35,6 @@ def eight_steps(tmp_path, tiny_model_folder):
     )
 
 
-def on_two_processes(program, *arguments):
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, *arguments],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        timeout=500,  # DeepSpeed compiles at its first start
-    )
-
-
 def on_ranks(ranks, act, *arguments):
     """`act(rank, *arguments)` in a process for each rank, forked from one that has imported the libraries."""
     multiprocessing.set_forkserver_preload(["codiemb.training.run"])
@@ -56,3 +45,30 @@ def on_ranks(ranks, act, *arguments):
 def _in_environment(rank, environment, act, *arguments):
     os.environ.update(environment)
     act(rank, *arguments)
+
+
+def join(rank, ranks, port):
+    """What torchrun tells a rank."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ.update({**address, **place, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def train_on_ranks(ranks, config_file, *overrides, resume=False, changed=None):
+    """A run on several processes; `changed`, a function of a module, is called in each before it begins."""
+    on_ranks(ranks, _train, ranks, free_port(), config_file, overrides, resume, changed)
+
+
+def _train(rank, ranks, port, config_file, overrides, resume, changed):
+    join(rank, ranks, port)
+    torch.set_num_threads(1)
+    if changed is not None:
+        changed()
+    train(load_config(config_file, overrides), resume=resume)
+    finish()

@@ -1,7 +1,6 @@
 """The conflict meter finds on two processes what it finds on one."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -9,16 +8,14 @@ import torch
 from codiemb import load_config
 from codiemb.distributed import finish
 from codiemb.training.run import train
-from tests.distributed.conftest import on_ranks
-from tests.distributed.test_invariance import free_port
+from tests.distributed.conftest import free_port, join, on_ranks
 from tests.small_run import assert_equal_weights, small_run
 
 
 def train_on(rank, world, config_file, port=0):
     torch.set_num_threads(1)
     if world > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+        join(rank, world, port)
     for name, every in (("measured", "1"), ("plain", "null"))[:world]:
         out = config_file.parent / f"{world} {name}"
         train(load_config(config_file, [f"output_dir={out}", f"train.conflict_every={every}"]))

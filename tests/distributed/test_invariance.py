@@ -1,8 +1,6 @@
 """The same run on 1, 2 and 4 processes makes the same model, cached or not, and ranks that differ are told so."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from codiemb.encoder.memory import Footprint, Memory
 from codiemb.errors import DistributedError
 from codiemb.training import trainer
 from codiemb.training.run import train
-from tests.distributed.conftest import on_ranks
+from tests.distributed.conftest import free_port, join, on_ranks
 
 LETTERS = "abcdefghijklmnopqrst"  # the tiny model has a token for each
 RETRIEVAL = [  # one, two or three positives; none, one or two negatives
@@ -96,8 +94,7 @@ def train_all(rank, world, config_file, port=0):
     """Every variant, into <world>/<variant>."""
     torch.set_num_threads(1 if world == 4 else 2)  # with two, micro-batches run side by side
     if world > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+        join(rank, world, port)
     for variant, overrides in VARIANTS.items():
         for cached in (False, True) if variant in CACHED_TOO else (False,):
             out = config_file.parent / f"{world}{' cached' * cached}" / variant
@@ -116,12 +113,6 @@ def runs(config_file, tmp_path_factory):
         for world in (2, 4):
             on_ranks(world, train_all, world, config_file, free_port())
     return config_file.parent
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def metrics(run):

@@ -1,7 +1,5 @@
 """Adapters, a head, and a head on a frozen backbone: two processes train the model that one process trains."""
 
-import os
-
 import pytest
 import torch
 
@@ -9,8 +7,7 @@ from codiemb import load_config
 from codiemb.distributed import finish
 from codiemb.training.run import train
 from tests.conftest import needs_peft
-from tests.distributed.conftest import STILL, on_ranks
-from tests.distributed.test_invariance import free_port
+from tests.distributed.conftest import STILL, free_port, join, on_ranks
 from tests.small_run import assert_equal_weights, weights
 
 HEAD = "model.head.dim=8"
@@ -27,8 +24,7 @@ def train_on(rank, world, config_file, variants, port=0):
     """Every variant, into `<world> <variant>`."""
     torch.set_num_threads(1)
     if world > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-        os.environ.update({**address, "RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+        join(rank, world, port)
     for name, settings in variants.items():
         out = f"output_dir={config_file.parent / f'{world} {name}'}"
         train(load_config(config_file, [STILL, *SGD, ONE_QUERY, *settings, out]))

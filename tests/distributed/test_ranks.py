@@ -15,8 +15,7 @@ from codiemb.errors import DistributedError, Stopped
 from codiemb.evaluation.similarity import SIMILARITY
 from codiemb.evaluation.suite import EVALUATIONS
 from codiemb.training.joint import JointModel
-from tests.distributed.conftest import on_ranks
-from tests.distributed.test_invariance import free_port
+from tests.distributed.conftest import free_port, join, on_ranks
 from tests.small_run import small_run
 
 ACTS = ("states", "other plan", "longer list", "other suite", "signal")
@@ -90,8 +89,7 @@ def test_a_signal_to_one_rank_in_an_evaluation_stops_both_with_a_checkpoint(told
 def play(rank, folders, port):
     """Every act in its folder."""
     torch.set_num_threads(1)
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank)})
-    os.environ.update({"LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""})
+    join(rank, 2, port)
     for act, folder in folders.items():
         with pytest.MonkeyPatch.context() as patch:
             overrides = prepare(act, folder, rank, patch)

@@ -168,10 +168,19 @@ def test_slurm_sends_the_script_the_signal_that_it_takes():
     assert re.search(r"^trap .* USR1$", script, re.MULTILINE)
 
 
-def test_a_pod_that_comes_back_after_the_end_has_nothing_to_do(cluster, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / FINISHED).touch()
+@pytest.mark.parametrize("left", [["model", "checkpoint-8", FINISHED], ["model"]])
+def test_a_pod_that_comes_back_after_the_end_has_nothing_to_do(cluster, tmp_path, left):
+    """Nor where a run that keeps no checkpoints has ended its training: there is nothing to go on from."""
+    for name in left:
+        (tmp_path / "run" / name).mkdir(parents=True)
     assert run_kubernetes(cluster, tmp_path / "run") == []
+
+
+def test_a_pod_goes_on_with_a_run_that_was_ended_in_its_merges(cluster, tmp_path):
+    for name in ("model", "checkpoint-8"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    (call,) = run_kubernetes(cluster, tmp_path / "run")
+    assert parsed(call)[1].resume
 
 
 def test_the_manifest_is_consistent():

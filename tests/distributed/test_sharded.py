@@ -1,27 +1,53 @@
 """FSDP2 and gradient checkpointing train the model that one process trains, and resume to the same bits.
 
-FSDP2 runs on processors here, see sharded_run.py; on GPUs the same runs go through `codiemb train` as it is.
+FSDP2 runs on processors here: torch can, but accelerate takes the setting for granted on GPUs only, so it is told. On
+GPUs the same runs go through `codiemb train` as it is.
 """
 
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 
 from codiemb import load_config, train
+from codiemb.encoder import memory
+from codiemb.training import run
 from tests.conftest import needs_peft
-from tests.distributed.conftest import DROPOUT, STILL, on_two_processes
+from tests.distributed.conftest import DROPOUT, STILL, train_on_ranks
 from tests.small_run import assert_equal_weights
 
 pytestmark = pytest.mark.slow
 FSDP = "train.fsdp=true"
 
 
-def sharded(*arguments):
-    on_two_processes([str(Path(__file__).with_name("sharded_run.py"))], *arguments)
+def told_of_fsdp():
+    made = Accelerator.__init__
+
+    def sharded(self, *args, fsdp_plugin=None, **kwargs):
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        self.state.fsdp_plugin = fsdp_plugin
+        self.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if self.state._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self.state._mixed_precision)
+
+    Accelerator.__init__ = sharded
+    run.require_devices = lambda config: None
+
+
+def one_by_one():
+    """A text a micro-batch, so that a rank with three rows runs more of them than one with two."""
+    told_of_fsdp()
+    torch.set_num_threads(2)
+    memory.micro_batch_tokens = lambda encoder: 1
+
+
+def recomputed():
+    one_by_one()
+    memory.Memory.recomputed = lambda self, micro_batches: len(micro_batches) - 1
 
 
 @pytest.mark.parametrize(
@@ -37,7 +63,7 @@ def sharded(*arguments):
 def test_fsdp_trains_the_model_of_one_process(eight_steps, tmp_path, settings):
     """Over 8 steps. Adam hides a wrong scale of the loss, and clipping does; plain SGD shows it."""
     train(load_config(eight_steps, [STILL, *settings, f"output_dir={tmp_path / 'one'}"]))
-    sharded(str(eight_steps), STILL, *settings, FSDP)
+    train_on_ranks(2, eight_steps, STILL, *settings, FSDP, changed=told_of_fsdp)
     tolerance = {"rtol": 0, "atol": 1e-5}
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], **tolerance)
     assert_equal_weights(
@@ -45,24 +71,24 @@ def test_fsdp_trains_the_model_of_one_process(eight_steps, tmp_path, settings):
     )
 
 
-@pytest.mark.parametrize("cached", [[], ["--cached"]], ids=["direct", "cached"])
-def test_fsdp_with_micro_batches_that_differ_in_number(eight_steps, tmp_path, cached):
+@pytest.mark.parametrize("changed", [one_by_one, recomputed])
+def test_fsdp_with_micro_batches_that_differ_in_number(eight_steps, tmp_path, changed):
     """A rank that ran fewer than another would wait for ever: weights are exchanged inside each, in one order.
 
     With batches of one query the second rank has no row of it.
     """
     settings = [STILL, "batching.retrieval.batch_size=1"]
     train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
-    sharded(str(eight_steps), *settings, FSDP, "train.ddp_timeout=60", "--one-by-one", "--two-threads", *cached)
+    train_on_ranks(2, eight_steps, *settings, FSDP, "train.ddp_timeout=60", changed=changed)
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
 
 
 def test_fsdp_resumes_to_the_same_bits(eight_steps, tmp_path):
-    sharded(str(eight_steps), DROPOUT, FSDP)
+    train_on_ranks(2, eight_steps, DROPOUT, FSDP, changed=told_of_fsdp)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for name in ("model", "checkpoint-8"):
         shutil.rmtree(tmp_path / "run" / name)
-    sharded(str(eight_steps), DROPOUT, FSDP, "--resume")
+    train_on_ranks(2, eight_steps, DROPOUT, FSDP, resume=True, changed=told_of_fsdp)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)
 
 
@@ -74,7 +100,7 @@ def test_gradient_checkpointing_changes_nothing(eight_steps, tmp_path, processes
         if processes == 1:
             train(load_config(eight_steps, overrides))
         else:
-            on_two_processes(["-m", "codiemb"], "train", str(eight_steps), *overrides)
+            train_on_ranks(2, eight_steps, *overrides)
     assert_equal_weights(tmp_path / "plain" / "model", tmp_path / "again" / "model", rtol=0, atol=0)
 
 

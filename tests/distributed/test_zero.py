@@ -2,22 +2,34 @@
 
 import json
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+import torch
 
 from codiemb import load_config, train
-from tests.distributed.conftest import DROPOUT, STILL, on_two_processes
+from codiemb.encoder import memory
+from tests.distributed.conftest import DROPOUT, STILL, train_on_ranks
 from tests.small_run import assert_equal_weights, weights
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed, which is for Linux"),
 ]
-CODIEMB = ["-m", "codiemb"]
 MOST = 10  # norm of the gradients, which is 4 to 45 here
-ONE_BY_ONE = [str(Path(__file__).with_name("sharded_run.py"))]
+
+
+def uncompiled():
+    """Without DeepSpeed's own exchange in shared memory, which takes a minute to compile: gloo exchanges."""
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+
+
+def one_by_one():
+    """A text a micro-batch, so that a rank with three rows runs more of them than one with two."""
+    uncompiled()
+    torch.set_num_threads(2)
+    memory.micro_batch_tokens = lambda encoder: 1
 
 
 def zero(stage):
@@ -31,7 +43,7 @@ def test_zero_2_trains_the_model_of_one_process(eight_steps, tmp_path):
     """Adam hides a wrong scale of the loss; SGD shows it, as long as not every step is clipped."""
     settings = [STILL, "train.optim=sgd", f"train.max_grad_norm={MOST}"]
     train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
-    on_two_processes(CODIEMB, "train", str(eight_steps), *settings, zero(2))
+    train_on_ranks(2, eight_steps, *settings, zero(2), changed=uncompiled)
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
     train(load_config(eight_steps, [*settings, "train.max_grad_norm=0", f"output_dir={tmp_path / 'unclipped'}"]))
     one, other = (weights(tmp_path / name / "model") for name in ("one", "unclipped"))
@@ -45,16 +57,14 @@ def test_zero_3_with_threads_and_micro_batches_that_differ_in_number(eight_steps
     """
     settings = [STILL, "batching.retrieval.batch_size=1", "train.optim=sgd", "train.max_grad_norm=0"]
     train(load_config(eight_steps, [*settings, f"output_dir={tmp_path / 'one'}"]))
-    several = ["train.ddp_timeout=60", "--one-by-one", "--two-threads"]
-    on_two_processes(ONE_BY_ONE, str(eight_steps), *settings, zero(3), *several)
+    train_on_ranks(2, eight_steps, *settings, zero(3), "train.ddp_timeout=60", changed=one_by_one)
     assert_equal_weights(tmp_path / "one" / "model", tmp_path / "run" / "model", ["key.bias"], rtol=0, atol=1e-5)
 
 
 def test_zero_resumes_to_the_same_bits(eight_steps, tmp_path):
-    command = ["train", str(eight_steps), DROPOUT, zero(3)]
-    on_two_processes(CODIEMB, *command)
+    train_on_ranks(2, eight_steps, DROPOUT, zero(3), changed=uncompiled)
     shutil.copytree(tmp_path / "run", tmp_path / "whole")
     for name in ("model", "checkpoint-8"):
         shutil.rmtree(tmp_path / "run" / name)
-    on_two_processes(CODIEMB, *command, "--resume")
+    train_on_ranks(2, eight_steps, DROPOUT, zero(3), resume=True, changed=uncompiled)
     assert_equal_weights(tmp_path / "whole" / "model", tmp_path / "run" / "model", rtol=0, atol=0)

@@ -158,6 +158,10 @@ SETTINGS = {
         {"batching.schedule": "staged", "batching.stages": [["retrieval"], ["similarty"]]},
         ["batching.stages", "did you mean 'similarity'?"],
     ),
+    "groups of a loss that scores each list by itself": (
+        {"losses.retrieval": {"type": "list_softmax", "cross_device": False}},
+        ["losses.retrieval: cross_device: got False", "list_softmax"],
+    ),
     "no steps": ({"train.max_steps": 0}, ["train.max_steps: got 0", "at least 1, or -1"]),
     "scheduler with settings of its own": (
         {"train.lr_scheduler_type": "warmup_stable_decay"},

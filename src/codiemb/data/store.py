@@ -138,6 +138,8 @@ def load_records(source: Source, *, keep_duplicates: bool = False) -> Records:
     def cached() -> Records:
         counted = json.loads(facts.read_text())
         table = datasets.Dataset.from_file(str(arrow))
+        if len(table) + sum(counted["dropped"].values()) != counted["rows_read"]:
+            raise ValueError(f"{arrow} is cut")
         return Records(source, table, counted["rows_read"], counted["dropped"], counted["texts_left_out"])
 
     damaged = (OSError, ValueError, KeyError)  # or not there yet

@@ -136,7 +136,8 @@ def require_disk(run: Path, needed: int, overwrite: bool) -> None:
 
 def _bytes(path: Path) -> int:
     """What goes with a file or folder; behind a link nothing does."""
-    if path.is_symlink():
-        return 0
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+    size = 0
+    with contextlib.suppress(FileNotFoundError):  # of another run's folder, which is refused later
+        for file in [path, *([] if path.is_symlink() else path.rglob("*"))]:
+            size += file.lstat().st_size
+    return size

@@ -258,11 +258,12 @@ def _require_optimizer(arguments: TrainingArguments, optim: str, schedule: str) 
         ConfigError: it names the setting.
     """
     key, expected = "train.optim", "one that is installed and needs its steps alone, as adamw_torch_fused"
+    weight = torch.nn.Parameter(torch.zeros(1, device=arguments.device))
     try:
         if optim.startswith(_WANT_MORE):
-            raise ValueError(optim)
+            raise ValueError("which wants more of a trainer")
         kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        optimizer = kind([torch.nn.Parameter(torch.zeros(1, device=arguments.device))], **settings)
+        optimizer = kind([weight], **settings)
         key, expected = "train.lr_scheduler_type", "one without settings of its own, as linear or cosine"
         get_scheduler(schedule, optimizer, num_warmup_steps=1, num_training_steps=2)
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
