@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def require_disk(run: Path, needed: int, overwrite: bool) -> None:
 def _bytes(path: Path) -> int:
     """What goes with a file or folder; behind a link nothing does."""
     size = 0
-    with contextlib.suppress(FileNotFoundError):  # of another run's folder, which is refused later
+    with contextlib.suppress(FileNotFoundError):  # in the folder of a run that still goes on, which is refused later
         for file in [path, *([] if path.is_symlink() else path.rglob("*"))]:
-            size += file.lstat().st_size
+            found = file.lstat()
+            size += found.st_size if stat.S_ISREG(found.st_mode) else 0
     return size
