@@ -27,6 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from codiemb.errors import CodiembError, ConfigError, DistributedError
 
 Anything = TypeVar("Anything")
+_TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # to each rank, by its launcher
 _PLACE_IN_GLOO = re.compile(r"^\[\S*\] ")
 _GLOO_SAYS = ("gloo/", "Application timeout caused pair closure")  # its errors are plain RuntimeErrors
 
@@ -202,12 +203,21 @@ def on_first(act: Callable[[], Anything]) -> Anything:
 
 
 def start(timeout: int) -> None:
-    """Joins the ranks that torchrun started; `timeout` seconds is the longest wait for another rank.
+    """Joins the ranks that torchrun started, or a launcher that tells them the same; `timeout` seconds is the longest
+    wait for another rank.
 
     The Trainer would join them itself, but on processors it forgets `ddp_timeout`. With GPUs, tensors on processors are
     exchanged by gloo.
+
+    Raises:
+        DistributedError: there are other ranks, and what they are found by is not told.
     """
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
+    ranks, absent = os.environ.get("WORLD_SIZE", "1"), [name for name in _TOLD if name not in os.environ]
+    if world_size() == 1 and ranks != "1" and absent:
+        raise DistributedError(
+            f"WORLD_SIZE={ranks}", got=f"no {absent[0]}", expected=f"what tells {ranks} ranks", fix="start with torchrun"
+        )
+    if not absent and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

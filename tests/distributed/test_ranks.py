@@ -10,7 +10,7 @@ import yaml
 
 from codiemb import load_config, train
 from codiemb.batching.loader import StepReader
-from codiemb.distributed import finish
+from codiemb.distributed import finish, start
 from codiemb.errors import DistributedError, Stopped
 from codiemb.evaluation.similarity import SIMILARITY
 from codiemb.evaluation.suite import EVALUATIONS
@@ -146,3 +146,12 @@ def prepare(act, folder, rank, patch):
         copy.write_text((folder / "pairs.jsonl").read_text())
         return [suite(folder / "pairs.jsonl", copy), "evaluation.every_steps=2"]
     return []
+
+
+def test_a_rank_that_cannot_find_the_others_is_told_so(monkeypatch):
+    """Some clusters say how many there are and not which device is whose: each would train a model of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedError, match="WORLD_SIZE=2: got no RANK, .*start with torchrun"):
+        start(60)
