@@ -215,7 +215,7 @@ def start(timeout: int) -> None:
     ranks, absent = os.environ.get("WORLD_SIZE", "1"), [name for name in _TOLD if name not in os.environ]
     if world_size() == 1 and ranks != "1" and absent:
         raise DistributedError(
-            f"WORLD_SIZE={ranks}", got=f"no {absent[0]}", expected=f"what tells {ranks} ranks", fix="start with torchrun"
+            f"WORLD_SIZE={ranks}", got=f"no {absent[0]}", expected="all that torchrun sets", fix="start with torchrun"
         )
     if not absent and not dist.is_initialized():
         if torch.cuda.is_available():

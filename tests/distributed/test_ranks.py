@@ -153,5 +153,5 @@ def test_a_rank_that_cannot_find_the_others_is_told_so(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(DistributedError, match="WORLD_SIZE=2: got no RANK, .*start with torchrun"):
+    with pytest.raises(DistributedError, match=r"WORLD_SIZE=2: got no RANK, .*start with torchrun"):
         start(60)
