@@ -58,11 +58,13 @@ def _alone(run: Run) -> Run:
 
     @wraps(run)
     def checked(arguments: argparse.Namespace) -> None:
-        ranks = os.environ.get("WORLD_SIZE", "1")
-        if "TORCHELASTIC_RUN_ID" in os.environ and ranks != "1":
-            raise DistributedError(
-                run.__name__, got=f"WORLD_SIZE={ranks}", expected="one process", fix="start it without torchrun"
-            )
+        if (ranks := os.environ.get("WORLD_SIZE", "1")) != "1":
+            from codiemb.distributed import untold
+
+            if not untold():
+                raise DistributedError(
+                    run.__name__, got=f"WORLD_SIZE={ranks}", expected="one process", fix="start it without torchrun"
+                )
         run(arguments)
 
     return checked

@@ -202,6 +202,11 @@ def on_first(act: Callable[[], Anything]) -> Anything:
     return cast(Anything, value)
 
 
+def untold() -> list[str]:
+    """What a launcher tells each of its ranks and this process was not told."""
+    return [name for name in _TOLD if name not in os.environ]
+
+
 def start(timeout: int) -> None:
     """Joins the ranks that torchrun started, or a launcher that tells them the same; `timeout` seconds is the longest
     wait for another rank.
@@ -212,7 +217,7 @@ def start(timeout: int) -> None:
     Raises:
         DistributedError: there are other ranks, and what they are found by is not told.
     """
-    ranks, absent = os.environ.get("WORLD_SIZE", "1"), [name for name in _TOLD if name not in os.environ]
+    ranks, absent = os.environ.get("WORLD_SIZE", "1"), untold()
     if world_size() == 1 and ranks != "1" and absent:
         raise DistributedError(
             f"WORLD_SIZE={ranks}", got=f"no {absent[0]}", expected="all that torchrun sets", fix="start with torchrun"

@@ -50,7 +50,7 @@ def _in_environment(rank, environment, act, *arguments):
 def join(rank, ranks, port):
     """What torchrun tells a rank."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ.update({**address, **place, "CUDA_VISIBLE_DEVICES": ""})
 
 

@@ -381,8 +381,8 @@ def test_the_verb_encode_on_two_ranks(tiny_model_folder, tmp_path):
     ],
 )
 def test_verbs_of_one_process_refuse_ranks(arguments, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for name, value in (("RANK", 1), ("LOCAL_RANK", 1), ("WORLD_SIZE", 2), ("MASTER_ADDR", "none"), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2

@@ -30,7 +30,9 @@ def folder(tiny_model_folder, tmp_path_factory):
         train={"max_steps": STEPS, "learning_rate": 1e-3, "save_steps": 5, "save_total_limit": 2},
         evaluation={"suite": None},
     )
-    go(folder, "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CODIEMB_CACHE", str(folder / "cache"))
+        go(folder, "whole")
     return folder
 
 
@@ -110,12 +112,13 @@ def test_a_signal_to_torchrun_with_loader_workers_leaves_a_checkpoint(folder):
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_the_plan_of_two(folder, caplog):
+def test_one_process_goes_on_with_the_plan_of_two(folder, caplog, monkeypatch):
     """Without dropout, which is drawn by each process for its own rows."""
     process = start(folder, "fewer", "model.dropout={hidden: 0, attention: 0}")
     wait_for(folder / "fewer" / "checkpoint-10", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) != 0
+    monkeypatch.setattr(logging.getLogger("codiemb"), "propagate", True)  # the command line sets it off
     caplog.set_level(logging.INFO, "codiemb")
     for run, resume in (("fewer", True), ("one", False)):
         settings = ["model.dropout={hidden: 0, attention: 0}", f"output_dir={folder / run}"]

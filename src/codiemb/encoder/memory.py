@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from codiemb.config import ROLES
-from codiemb.distributed import most
+from codiemb.distributed import most, world_size
 from codiemb.encoder.activations import outputs_made_again
 from codiemb.encoder.model import max_length
 from codiemb.encoder.threads import at_once, trained_embeddings
@@ -154,7 +154,9 @@ def free_memory(device: torch.device) -> float:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return 0.8 * (torch.cuda.mem_get_info(device)[0] + cached)
     return (
-        0.4 * min(psutil.virtual_memory().available, _container_memory()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        0.4
+        * min(psutil.virtual_memory().available, _container_memory())
+        / int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     )
 
 
