@@ -16,6 +16,7 @@ from codiemb.training import run as training
 from codiemb.training.metrics import MetricsLog
 from tests.small_run import assert_equal_weights, small_run
 
+pytestmark = pytest.mark.slow
 MERGES = ("uniform", "delta", "ema")
 SETTINGS = ["train.save_steps=3", "model.dropout.hidden=0.1", f"fusion={{method: [{', '.join(MERGES)}]}}"]
 
@@ -127,7 +128,6 @@ def codiemb(program, *arguments, **settings):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("program", "code"), [("ends", 0), ("fails", 1)])
 def test_a_process_with_loader_workers_ends(whole, tmp_path, program, code):
     """They take no signals, so multiprocessing would wait for them for ever."""
@@ -138,7 +138,6 @@ def test_a_process_with_loader_workers_ends(whole, tmp_path, program, code):
     assert "Exception ignored" not in done.stderr
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_while_the_moments_are_written_is_one_line(whole, tmp_path):
     """torch's writer fails a second time when it is closed, with words that do not tell why."""
     weights = (whole / "run" / "model" / "model.safetensors").stat().st_size

@@ -11,6 +11,8 @@ from codiemb.training import joint
 from codiemb.training.joint import JointModel
 from tests.distributed.test_two_processes import MEMORIES, STEPS, loss_and_gradients, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tiny_model_folder, tmp_path_factory):
